@@ -1,0 +1,155 @@
+"""Every setting, declared once: the command line's flags are generated from these dataclasses.
+
+A field's `help` is its documentation, on the command line and in Python alike. Frozen, so that a config
+can be hashed into a recipe and cannot change under a running job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from proxsparse.errors import ProxsparseError
+
+
+def option(default: Any, help: str, *, minimum: float | None = None) -> Any:
+    """A dataclass field with its help text and, for numbers, the smallest value allowed."""
+    metadata = {"help": help, "minimum": minimum}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Checked:
+    """Checks each number against its field's minimum when the config is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, minimum = getattr(self, field.name), field.metadata.get("minimum")
+            if minimum is not None and value is not None and not value >= minimum:
+                flag = "--" + field.name.replace("_", "-")
+                raise ProxsparseError(f"{flag} is {value}: it must be at least {minimum:g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationConfig(_Checked):
+    """Which text the masks are learned on."""
+
+    calibration: str = option(
+        "c4",
+        "Calibration text: a .txt, .jsonl or .parquet file or a folder of them; 'stdlib' (Python's own "
+        "standard library, no download); 'self' (sampled from the model itself, no data needed); "
+        "'c4', 'wikitext2' or any dataset name on the Hugging Face Hub.",
+    )
+    split: str | None = option(None, "Split of a Hub dataset (default: train).")
+    text_column: str | None = option(
+        None, "Column that holds the text in JSONL, Parquet or a Hub dataset (default: found)."
+    )
+    num_calibration_samples: int | None = option(
+        None,
+        "Number of blocks of --max-seq-length tokens. Default: 128 for the layer-by-layer methods, "
+        "steps x batch size for the learned ones, so that no block is seen twice. With fewer, blocks "
+        "are reused.",
+        minimum=1,
+    )
+    max_seq_length: int = option(512, "Tokens per calibration block.", minimum=2)
+    seed: int = option(
+        0, "Seed of the choice of blocks, of their order and of sampling.", minimum=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig(_Checked):
+    """Which layers are pruned."""
+
+    targets: tuple[str, ...] = option(
+        (),
+        "Layers to prune: module names (whole or the last parts), class names, or 're:' and a regular "
+        "expression. Default: every linear layer of the decoder blocks.",
+    )
+    ignore: tuple[str, ...] = option(
+        (),
+        "Layers to leave dense, written like --targets. lm_head, embeddings, routers and gates of "
+        "mixture-of-experts models are left dense unless targeted by name.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnConfig(_Checked):
+    """The optimiser loop shared by the learned methods."""
+
+    steps: int = option(400, "Optimiser steps.", minimum=1)
+    batch_size: int = option(8, "Blocks per step.", minimum=1)
+    lr: float | None = option(None, "Peak learning rate (default: the method's).", minimum=0)
+    lam: float | None = option(None, "Proximal strength (default: the method's).", minimum=0)
+    checkpoint_every: int = option(
+        50, "Steps between checkpoints; 0 writes one only when interrupted.", minimum=0
+    )
+    seed: int = option(0, "Seed of the order of the data.", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(_Checked):
+    """Where and in which precision to compute."""
+
+    device: str = option(
+        "auto", "auto, cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one."
+    )
+    dtype: str = option(
+        "auto",
+        "Precision while learning: auto, float32, bfloat16 or float16. The pruned model is always "
+        "saved in the dtype of the base model.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions(_Checked):
+    """For methods that have no options of their own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseGPTConfig(_Checked):
+    """Options of SparseGPT."""
+
+    mask_only: bool = option(False, "Keep the original weights; use only SparseGPT's masks.")
+    dampening: float = option(
+        0.01, "Added to the Hessian's diagonal, as a share of its mean.", minimum=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxSparseConfig(_Checked):
+    """Options of ProxSparse; its lr defaults to 1e-4 and its lam to 0.25 (Llama-2-7B's)."""
+
+    lam_scaling: Literal["raw", "lr"] = option(
+        "raw",
+        "raw: lam at every step, as the published code; lr: lam times the step's learning rate "
+        "relative to its peak.",
+    )
+    lam2: float = option(0.0, "Strength of the frozen-weight regulariser.", minimum=0)
+    reg_eps: float = option(0.1, "Its eps, in units of the weights.", minimum=1e-12)
+    max_grad_norm: float = option(1.0, "The global gradient norm is clipped to this.", minimum=0)
+
+
+# The options of each method, in the order users see; `methods.METHODS` has the functions.
+METHOD_OPTIONS: dict[str, type[Any]] = {
+    "gates": NoOptions,
+    "proxsparse": ProxSparseConfig,
+    "sparsegpt": SparseGPTConfig,
+    "wanda": NoOptions,
+    "magnitude": NoOptions,
+}
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values, tuples as lists."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
+
+
+def replace(config: Any, values: Mapping[str, Any]) -> Any:
+    """`config` with the fields of `values` that it has and that are not None."""
+    names = {field.name for field in dataclasses.fields(config)}
+    changes = {k: v for k, v in values.items() if k in names and v is not None}
+    return dataclasses.replace(config, **changes)

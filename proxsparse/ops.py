@@ -1,0 +1,343 @@
+"""The only seam between what the package does and how it is computed.
+
+Each op is registered with `torch.library` (so torch.compile and CUDA graphs see it) and runs on one of
+three backends: `reference` (PyTorch, any device, the definition), `cpu` (C++ and OpenMP) or `triton`
+(CUDA). Automatic choice takes the fast one for the tensor's device when it is there, and logs once why
+when it is not; a backend asked for by name, with `use_backend`, runs or raises.
+
+Scalars that change every step (step, lr, lam, grad_scale) may be Python floats or 0-d tensors. A 0-d
+tensor on the GPU is read by the kernel itself: no host synchronisation, so a captured graph can be
+replayed with new values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxsparse import reference
+from proxsparse.errors import ProxsparseError
+
+_log = logging.getLogger("proxsparse")
+
+BACKENDS = ("reference", "cpu", "triton")
+OPS = (
+    "prox_2to4",
+    "project_2to4",
+    "mask_2to4",
+    "is_2to4",
+    "pack_2to4",
+    "unpack_2to4",
+    "prox_adamw_",
+    "gate_update_",
+)
+_FAST = {"cpu": "cpu", "cuda": "triton"}  # device type -> its fast backend
+_FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend.
+
+    Args:
+        name: one of `BACKENDS`.
+
+    Raises:
+        ProxsparseError: at once for an unknown name; at the op's call when that backend cannot run it.
+    """
+    if name not in BACKENDS:
+        raise ProxsparseError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> Callable[..., Any] | str:
+    """The function that runs `op` on `backend`, or the reason in words why there is none."""
+    if backend == "reference":
+        function: Callable[..., Any] = getattr(reference, op)
+        return function
+    stem = op.rstrip("_")
+    module = "proxsparse.backend_cpu" if backend == "cpu" else f"proxsparse.kernels.{stem}"
+    try:
+        function = getattr(importlib.import_module(module), f"{stem}_{backend}")
+    except ImportError as error:
+        return str(error)
+    except AttributeError:
+        return f"{backend} has no {op}"
+    return function
+
+
+def _choose(op: str, first: Tensor) -> Callable[..., Any]:
+    """The implementation for a call whose main operand is `first`."""
+    forced = _forced.get()
+    backend = forced or _FAST.get(first.device.type, "reference")
+    reason = ""
+    if backend != "reference":
+        if _FAST.get(first.device.type) != backend:
+            reason = f"its tensors are on {first.device.type}"
+        elif first.dtype not in (*_FAST_DTYPES, torch.bool):
+            reason = f"its dtype is {first.dtype}"
+    if not reason:
+        found = implementation(op, backend)
+        if not isinstance(found, str):
+            return found
+        reason = found
+    if forced:
+        raise ProxsparseError(f"backend {forced!r} was asked for, but cannot run {op}: {reason}")
+    _log_once(f"{op} runs on the reference backend: {reason}")
+    return getattr(reference, op)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.info(message)
+
+
+# -- registration ------------------------------------------------------------------------------------
+
+_STEP = "Tensor step, Tensor lr, Tensor lam, Tensor grad_scale"
+_ADAM = "float beta1, float beta2, float eps"
+_library = torch.library.Library("proxsparse", "DEF")
+for _schema in (
+    "prox_2to4(Tensor z, Tensor lam) -> Tensor",
+    "project_2to4(Tensor w, Tensor? score) -> Tensor",
+    "mask_2to4(Tensor score) -> Tensor",
+    "is_2to4(Tensor w) -> Tensor",
+    "pack_2to4(Tensor w) -> (Tensor, Tensor)",
+    "unpack_2to4(Tensor values, Tensor codes) -> Tensor",
+    f"prox_adamw_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, {_STEP}, Tensor? w0, "
+    f"float lam2, float reg_eps, {_ADAM}, float weight_decay) -> ()",
+    f"gate_update_(Tensor(a!) s, Tensor grad, Tensor w0, Tensor(b!) m, Tensor(c!) v, "
+    f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out) -> ()",
+):
+    _library.define(_schema)
+
+
+def _register(op: str, fake: Callable[..., Any]) -> None:
+    def run(first: Tensor, *args: Any) -> Any:
+        return _choose(op, first)(first, *args)
+
+    _library.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"proxsparse::{op}", fake, lib=_library)
+
+
+def _fake_pack(w: Tensor) -> tuple[Tensor, Tensor]:
+    *lead, k = w.shape
+    return w.new_empty(*lead, k // 2), w.new_empty(*lead, (k + 7) // 8, dtype=torch.uint8)
+
+
+_register("prox_2to4", lambda z, lam: torch.empty_like(z))
+_register("project_2to4", lambda w, score: torch.empty_like(w))
+_register("mask_2to4", lambda score: torch.empty_like(score, dtype=torch.bool))
+_register("is_2to4", lambda w: w.new_empty((), dtype=torch.bool))
+_register("pack_2to4", _fake_pack)
+_register(
+    "unpack_2to4",
+    lambda values, codes: values.new_empty(*values.shape[:-1], 2 * values.shape[-1]),
+)
+_register("prox_adamw_", lambda *_: None)
+_register("gate_update_", lambda *_: None)
+
+
+# -- the functions people call -----------------------------------------------------------------------
+
+_op = torch.ops.proxsparse
+
+
+def _check_groups(name: str, x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] % 4:
+        raise ProxsparseError(
+            f"{name} has shape {list(x.shape)}: the last dimension must be a multiple of 4, "
+            "because a group is four neighbours along it"
+        )
+    if not x.is_floating_point():
+        raise ProxsparseError(f"{name} has dtype {x.dtype}: a floating dtype is needed")
+
+
+def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.shape != like.shape or x.device != like.device:
+        raise ProxsparseError(
+            f"{name} is {list(x.shape)} on {x.device}, but {like_name} is {list(like.shape)} on "
+            f"{like.device}: they must agree"
+        )
+
+
+def _check_in_place(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.is_contiguous():
+            raise ProxsparseError(
+                f"{name} is updated in place and must be contiguous; its strides are {x.stride()}"
+            )
+
+
+def _scalar(name: str, x: float | Tensor, minimum: float = 0.0) -> Tensor:
+    if isinstance(x, Tensor):
+        if x.dim():
+            raise ProxsparseError(f"{name} must be a float or a 0-d tensor, not {list(x.shape)}")
+        return x
+    if not x >= minimum:
+        raise ProxsparseError(f"{name} is {x}: it must be at least {minimum:g}")
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def prox_2to4(z: Tensor, lam: float | Tensor) -> Tensor:
+    """The exact proximal operator of R per group; see `reference.prox_2to4`."""
+    _check_groups("z", z)
+    return _op.prox_2to4(z.contiguous(), _scalar("lam", lam))  # type: ignore[no-any-return]
+
+
+def project_2to4(w: Tensor, score: Tensor | None = None) -> Tensor:
+    """w with all but the two best entries of each group +0.0; see `reference.project_2to4`."""
+    _check_groups("w", w)
+    if score is not None:
+        _check_like("score", score, "w", w)
+        score = score.contiguous()
+    return _op.project_2to4(w.contiguous(), score)  # type: ignore[no-any-return]
+
+
+def mask_2to4(score: Tensor) -> Tensor:
+    """True at the two largest |score| of each group; see `reference.mask_2to4`."""
+    _check_groups("score", score)
+    return _op.mask_2to4(score.contiguous())  # type: ignore[no-any-return]
+
+
+def is_2to4(w: Tensor) -> Tensor:
+    """Whether every group has at most two non-zeros, as a 0-d bool tensor on w's device."""
+    _check_groups("w", w)
+    return _op.is_2to4(w.contiguous())  # type: ignore[no-any-return]
+
+
+def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept values and group codes of a 2:4 tensor; see `reference.pack_2to4`.
+
+    Raises:
+        ProxsparseError: a group has three or four non-zeros; the first one is named. (Checking reads
+            one flag back to the host; inside torch.compile it is skipped.)
+    """
+    _check_groups("w", w)
+    w = w.contiguous()
+    if not torch.compiler.is_compiling() and not is_2to4(w):
+        group = int((w.reshape(-1, 4) != 0).sum(-1).gt(2).nonzero()[0])
+        row, column = divmod(4 * group, w.shape[-1])
+        raise ProxsparseError(
+            f"w is not 2:4: row {row}, columns {column} to {column + 3} hold "
+            f"{w.reshape(-1, 4)[group].tolist()}; prune it first, e.g. with project_2to4"
+        )
+    return _op.pack_2to4(w)  # type: ignore[no-any-return]
+
+
+def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
+    """The dense tensor behind `pack_2to4`'s output; exact +0.0 where nothing was kept."""
+    k = 2 * values.shape[-1] if values.dim() else 0
+    expected = [*values.shape[:-1], (k + 7) // 8]
+    if k % 4 or list(codes.shape) != expected or codes.dtype != torch.uint8:
+        raise ProxsparseError(
+            f"values {list(values.shape)} need codes of shape {expected} and dtype uint8, not "
+            f"{list(codes.shape)} and {codes.dtype}"
+        )
+    return _op.unpack_2to4(values.contiguous(), codes.contiguous())  # type: ignore[no-any-return]
+
+
+def prox_adamw_(
+    p: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    step: float | Tensor,
+    lr: float | Tensor,
+    lam: float | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    w0: Tensor | None = None,
+    lam2: float = 0.0,
+    reg_eps: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """AdamW and the proximal step on weights, in place; see `reference.prox_adamw_`."""
+    _check_groups("p", p)
+    for name, x in (("grad", grad), ("m", m), ("v", v)):
+        _check_like(name, x, "p", p)
+    if w0 is not None:
+        _check_like("w0", w0, "p", p)
+        w0 = w0.contiguous()
+    elif lam2 != 0:
+        raise ProxsparseError(f"lam2 is {lam2}, so the original weight w0 is needed")
+    _check_in_place(p=p, m=m, v=v)
+    _op.prox_adamw_(
+        p,
+        grad.contiguous(),
+        m,
+        v,
+        _scalar("step", step, 1.0),
+        _scalar("lr", lr),
+        _scalar("lam", lam),
+        _scalar("grad_scale", grad_scale),
+        w0,
+        lam2,
+        reg_eps,
+        *betas,
+        eps,
+        weight_decay,
+    )
+
+
+def gate_update_(
+    s: Tensor,
+    grad: Tensor,
+    w0: Tensor,
+    m: Tensor,
+    v: Tensor,
+    act_norm: Tensor,
+    *,
+    step: float | Tensor,
+    lr: float | Tensor,
+    lam: float | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    out: Tensor | None = None,
+) -> None:
+    """Adam and the proximal step on gates, in place; see `reference.gate_update_`."""
+    _check_groups("s", s)
+    for name, x in (("grad", grad), ("w0", w0), ("m", m), ("v", v)):
+        _check_like(name, x, "s", s)
+    if list(act_norm.shape) != [*s.shape[:-2], s.shape[-1]] or s.dim() < 2:
+        raise ProxsparseError(
+            f"act_norm is {list(act_norm.shape)}; gates {list(s.shape)} need one norm per input "
+            f"feature, {[*s.shape[:-2], s.shape[-1]]}"
+        )
+    _check_in_place(s=s, m=m, v=v)
+    if out is not None:
+        _check_like("out", out, "s", s)
+        _check_in_place(out=out)
+    _op.gate_update_(
+        s,
+        grad.contiguous(),
+        w0.contiguous(),
+        m,
+        v,
+        act_norm.contiguous(),
+        _scalar("step", step, 1.0),
+        _scalar("lr", lr),
+        _scalar("lam", lam),
+        _scalar("grad_scale", grad_scale),
+        *betas,
+        eps,
+        out,
+    )
