@@ -1,0 +1,119 @@
+"""Fixtures and hardware rules of the test suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+# On tensors this small a second thread only waits, for a second a call when cores are shared.
+torch.set_num_threads(1)
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama_odd": ("LlamaConfig", {"intermediate_size": 66}),
+    "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", {"tie_word_embeddings": True}),
+    "gemma3": ("Gemma3TextConfig", {"tie_word_embeddings": True}),
+    "phi": ("PhiConfig", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": True}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt2": ("GPT2Config", {"n_inner": 48, "tie_word_embeddings": True}),
+    "mixtral": ("MixtralConfig", _EXPERTS),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 24},
+    ),
+    "gpt_oss": ("GptOssConfig", {**_EXPERTS, "intermediate_size": 32}),
+    "llama4": ("Llama4TextConfig", {**_EXPERTS, "intermediate_size_mlp": 48}),
+    "dbrx": (
+        "DbrxConfig",
+        {
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "d_model": 32,
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
+    "jetmoe": ("JetMoeConfig", {**_EXPERTS, "kv_channels": 8}),
+}
+TINY_MODELS = tuple(_CONFIGS)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `tiny_model_name` once for each of TINY_MODELS."""
+    if "tiny_model_name" in metafunc.fixturenames:
+        metafunc.parametrize("tiny_model_name", TINY_MODELS)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[[str], Any]:
+    """A factory: `tiny_model("llama")` is a new random causal LM of two blocks, in eval mode."""
+
+    def make(name: str) -> Any:
+        import transformers
+
+        config_class, changes = _CONFIGS[name]
+        config = getattr(transformers, config_class)(**{**_BASE, **changes})
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def _missing_hardware(item: pytest.Item) -> str:
+    """What a test's markers ask for and this machine lacks; empty when it can run."""
+    needs_sparse = item.get_closest_marker("sparse_tc") is not None
+    if not needs_sparse and item.get_closest_marker("gpu") is None:
+        return ""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    capability = torch.cuda.get_device_capability()
+    if needs_sparse and capability < (8, 0):
+        return f"needs compute capability 8.0 for sparse tensor cores, this GPU has {capability}"
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what the hardware cannot run."""
+    reason = _missing_hardware(item)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """With PROXSPARSE_REQUIRE_GPU=1 a skipped GPU test fails, lest CI pass by accident."""
+    outcome = yield
+    report = outcome.get_result()
+    is_gpu_test = any(item.get_closest_marker(name) for name in ("gpu", "sparse_tc"))
+    required = os.environ.get("PROXSPARSE_REQUIRE_GPU") == "1"
+    if required and is_gpu_test and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"PROXSPARSE_REQUIRE_GPU=1, but the test was skipped: {report.longrepr}"
