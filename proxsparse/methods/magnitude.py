@@ -1,0 +1,15 @@
+"""Magnitude: keep the two largest weights of each group. Needs no data; the floor of every table."""
+
+from __future__ import annotations
+
+from proxsparse import ops
+from proxsparse.learn import Job
+from proxsparse.masks import Masks
+
+
+def magnitude(job: Job) -> Masks:
+    """Top two |W| of each group."""
+    masks = Masks()
+    for target in job.targets.layers:
+        masks.add(target, ops.mask_2to4(target.weight().detach()))
+    return masks

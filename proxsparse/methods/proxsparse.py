@@ -1,0 +1,73 @@
+"""ProxSparse, as published: AdamW on the weights, and the proximal operator of R after each step.
+
+The paper's solver EnumALM finds the proximal point by coordinate descent; ours is exact, see
+`reference.prox_2to4`. What is learned is thrown away but for the mask: kept weights are the originals.
+
+The right lam depends on the scale of a model's weights, which is why the published settings differ by
+125 times between models; they ship as presets. `gates` has no such unit.
+
+Source: Liu et al., "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained
+LLMs", ICML 2025, arXiv:2502.00258, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from proxsparse import ops
+from proxsparse.config import LearnConfig, ProxSparseConfig
+from proxsparse.learn import Job, Moment, Rule, State, learn
+from proxsparse.masks import Masks
+from proxsparse.targets import Target
+
+
+class _ProxAdamW(Rule):
+    lr = 1e-4
+    lam = 0.25
+
+    def __init__(self, learn_config: LearnConfig, options: ProxSparseConfig) -> None:
+        self.options = options
+        self.max_grad_norm = options.max_grad_norm
+        self.peak = self.lr if learn_config.lr is None else learn_config.lr
+        if learn_config.lam is not None:
+            self.lam = learn_config.lam
+
+    def start(self, target: Target) -> State:
+        p = target.weight().detach().contiguous()  # the parameter itself, unless stored transposed
+        state = {"p": p, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        if self.options.lam2 != 0:
+            state["w0"] = p.clone()
+        return state
+
+    def sync_(self, target: Target, state: State) -> None:
+        if state["p"].data_ptr() != target.weight().data_ptr():
+            target.set_weight_(state["p"])
+
+    def update_(self, target: Target, state: State, grad: Tensor, moment: Moment) -> None:
+        raw = self.options.lam_scaling == "raw"
+        ops.prox_adamw_(
+            state["p"],
+            grad,
+            state["m"],
+            state["v"],
+            step=moment.step,
+            lr=moment.lr,
+            lam=self.lam if raw else self.lam * moment.lr / self.peak,
+            grad_scale=moment.grad_scale,
+            w0=state.get("w0"),
+            lam2=self.options.lam2,
+            reg_eps=self.options.reg_eps,
+        )
+        self.sync_(target, state)
+
+    def variable(self, state: State) -> Tensor:
+        return state["p"]
+
+    def score(self, target: Target, state: State) -> Tensor:
+        return state["p"]
+
+
+def proxsparse(job: Job) -> Masks:
+    """Learn masks as the paper does."""
+    return learn(job, _ProxAdamW(job.learn, job.options))

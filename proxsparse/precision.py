@@ -1,0 +1,75 @@
+"""In which precision a model computes while masks are learned, and how it gets back unharmed.
+
+Kept weights must end bitwise as they began. Low-precision parameters may be widened to float32 for
+the time of learning, since that is exact and rounding them back returns the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from proxsparse.errors import ProxsparseError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_AUTO_WIDEN_BELOW = 2_000_000_000  # parameters: above, float32 copies would dominate a GPU's memory
+
+
+def resolve_dtype(name: str, model: nn.Module) -> torch.dtype | None:
+    """The dtype to compute in; None keeps the parameters as they are.
+
+    Args:
+        name: "auto" or a key of `DTYPES`. Auto is float32 on CPU and for models of fewer than 2e9
+            parameters (autocast to bfloat16 on a GPU), otherwise the model's own dtype.
+        model: the model.
+
+    Raises:
+        ProxsparseError: unknown name.
+    """
+    if name == "auto":
+        parameters = list(model.parameters())
+        small = sum(p.numel() for p in parameters) < _AUTO_WIDEN_BELOW
+        return torch.float32 if small or parameters[0].device.type == "cpu" else None
+    if name not in DTYPES:
+        raise ProxsparseError(f"--dtype is {name!r}: choose auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@contextlib.contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Hold the model's floating parameters in `dtype`, then give each its own dtype back.
+
+    Raises:
+        ProxsparseError: a parameter would lose bits in `dtype`.
+    """
+    changed = {
+        name: p.dtype
+        for name, p in model.named_parameters()
+        if dtype is not None and p.is_floating_point() and p.dtype != dtype
+    }
+    for name, original in changed.items():
+        if dtype != torch.float32 or original == torch.float64:
+            raise ProxsparseError(
+                f"--dtype {dtype} would round {name}, which is {original}, and kept weights must "
+                f"stay bitwise what they were: choose auto or float32"
+            )
+    parameters = dict(model.named_parameters())
+    for name in changed:
+        parameters[name].data = parameters[name].data.to(dtype)
+    try:
+        yield
+    finally:
+        for name, original in changed.items():
+            parameters[name].grad = None
+            parameters[name].data = parameters[name].data.to(original)
+
+
+def autocast(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """bfloat16 autocast for a float32 model on a GPU; nothing elsewhere (a CPU gains nothing)."""
+    p = next(model.parameters())
+    if p.device.type == "cuda" and p.dtype == torch.float32:
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
