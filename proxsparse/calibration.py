@@ -34,6 +34,7 @@ from proxsparse.precision import autocast
 _STREAM_SLACK = 2  # a stream is read until it gave this many times the tokens needed
 _BATCH_CHARACTERS = 1 << 20  # per tokenizer call, which holds about 200 bytes for each
 _PIECE_CHARACTERS = 1 << 15  # longer texts are cut, so that all cores work on one text
+_PIECES_PER_CALL = _BATCH_CHARACTERS // _PIECE_CHARACTERS
 _CONTEXT_CHARACTERS = 64  # text before a cut that the tokens after it may depend on
 # Between two words, or between a line that ends in print and one that begins so: tokenizers break
 # there whatever stands around it.
@@ -176,17 +177,13 @@ def tokenize_text(text: str, tokenizer: Any) -> Tensor:
         ProxsparseError: the text holds a lone surrogate, which no tokenizer takes.
     """
     pieces = _pieces(text, tokenizer)
-    parts = []
-    per_call = _BATCH_CHARACTERS // _PIECE_CHARACTERS
-    bar = tqdm(total=len(text), desc="tokenising", unit="char", disable=None, leave=False)
-    with bar:
-        for i in range(0, len(pieces), per_call):
-            batch = pieces[i : i + per_call]
-            for (piece, num_context), ids in zip(
-                batch, _encode([piece for piece, _ in batch], tokenizer), strict=True
-            ):
-                parts.append(ids[num_context:])
-                bar.update(len(piece))
+    parts: list[Tensor] = []
+    with tqdm(total=len(text), desc="tokenising", unit="char", disable=None, leave=False) as bar:
+        for i in range(0, len(pieces), _PIECES_PER_CALL):
+            texts, num_context = zip(*pieces[i : i + _PIECES_PER_CALL], strict=True)
+            encoded = _encode(list(texts), tokenizer)
+            parts += [ids[n:] for ids, n in zip(encoded, num_context, strict=True)]
+            bar.update(sum(map(len, texts)))
     return torch.cat(parts)
 
 
@@ -373,8 +370,8 @@ def _open_name(name: str, config: CalibrationConfig, is_path: bool) -> _Text:
         words = f"the standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
         _refuse_unused(config, words, "split", "text_column")
         return _Text([text for _, text in stdlib_texts("train")], words)
-    path = Path(name).expanduser()
     # os.path, because pathlib raises on a name that is too long, such as a text passed as a name.
+    path = Path(os.path.expanduser(name))
     if name and os.path.isdir(path):
         return _open_folder(path, config)
     if name and os.path.exists(path):
@@ -493,8 +490,9 @@ def _open_hub(name: str, config: CalibrationConfig) -> _Text:
         dataset = load_dataset(repository, subset or None, split=split, streaming=True)
         rows = _rows(dataset, config.text_column, words)
     if repository in _ROWS_ARE_LINES:
-        batches = _batches(_only_text(rows, words, keep_blank=True))
-        return _Text(map("".join, batches), words, is_stream=True, is_one_document=True)
+        lines = (row or " \n" for row in rows)  # the Hub's copy has blank lines as empty rows
+        parts = map("".join, _batches(lines))
+        return _Text(parts, words, is_stream=True, is_one_document=True)
     return _Text(rows, words, is_stream=True)
 
 
@@ -570,14 +568,14 @@ def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     return (head[0] if head else None), itertools.chain(head, iterator)
 
 
-def _only_text(documents: Iterable[Any], words: str, keep_blank: bool = False) -> Iterator[str]:
+def _only_text(documents: Iterable[Any], words: str) -> Iterator[str]:
     """The documents that say something; a missing value (None) counts as blank."""
     for index, document in enumerate(documents):
         if document is None:
             continue
         if not isinstance(document, str):
             raise ProxsparseError(f"{words}: item {index} is a {type(document).__name__}, not text")
-        if keep_blank or (document and not document.isspace()):
+        if document and not document.isspace():
             yield document
 
 
@@ -596,6 +594,7 @@ def _ids(batch: Any) -> Tensor:
             f"a calibration batch holds a {kind}: token ids must be an integer tensor [B, T]"
         )
     if mask is not None:
+        mask = torch.as_tensor(mask, device=ids.device)
         if mask.shape != ids.shape:
             raise ProxsparseError(
                 f"attention_mask is {list(mask.shape)}, but input_ids is {list(ids.shape)}"

@@ -68,9 +68,16 @@ class TargetConfig(_Checked):
     )
     ignore: tuple[str, ...] = option(
         (),
-        "Layers to leave dense, written like --targets. lm_head, embeddings, routers and gates of "
-        "mixture-of-experts models are left dense unless targeted by name.",
+        "Layers to leave dense, written like --targets. lm_head and the routers of "
+        "mixture-of-experts models are left dense unless targeted by name; embeddings always are.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("targets", "ignore"):
+            value = getattr(self, name)
+            if isinstance(value, str):  # would be read letter by letter
+                raise ProxsparseError(f"{name} is {value!r}: give a list of patterns")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from proxsparse.calibration import to_blocks, tokenize_text
 from proxsparse.errors import ProxsparseError
-from proxsparse.precision import autocast
+from proxsparse.precision import autocast, eval_mode
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -> Tensor:
@@ -61,15 +61,11 @@ def evaluate_perplexity(
             f"the text has {data.numel()} tokens, less than one block of {max_seq_length}: "
             "give more text or a smaller --max-seq-length"
         )
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     total = 0.0
-    try:
+    with eval_mode(model):
         for batch in tqdm(blocks.split(batch_size), desc="perplexity", disable=None, leave=False):
             total += next_token_loss(model, batch.to(device), "sum").item()
-    finally:
-        model.train(was_training)
     return math.exp(min(total / (blocks.shape[0] * (blocks.shape[1] - 1)), 700.0))
 
 

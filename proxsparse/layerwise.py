@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from proxsparse.observe import observe_inputs
-from proxsparse.precision import autocast
+from proxsparse.precision import autocast, eval_mode
 from proxsparse.targets import Target, Targets
 
 
@@ -62,7 +62,10 @@ def collect_input_norms(model: nn.Module, targets: Targets, tokens: Tensor) -> d
     """Each target's `InputNorm.norm()` in the model as it is, in one pass over tokens [S, L]."""
     device = next(model.parameters()).device
     norms = {t.name: InputNorm(t, device) for t in targets.layers}
-    with observe_inputs(targets.layers, lambda t, e, x: norms[t.name].add(e, x)):
+    with (
+        eval_mode(model),
+        observe_inputs(targets.layers, lambda t, e, x: norms[t.name].add(e, x)),
+    ):
         for batch in tqdm(_batches(tokens), desc="activations", disable=None, leave=False):
             with autocast(model):
                 model(input_ids=batch.to(device), use_cache=False)
@@ -100,6 +103,7 @@ def prune_block_by_block(
 
         for i, batch in enumerate(batches):
             with (
+                eval_mode(model),
                 _stopping_after(targets.blocks[index : index + 1]),
                 observe_inputs(layers, add),
                 _skipping(targets.blocks[: max(index - 1, 0)], outputs[i]),

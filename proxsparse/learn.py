@@ -33,6 +33,7 @@ from proxsparse.config import LearnConfig
 from proxsparse.errors import Interrupted, ProxsparseError
 from proxsparse.evaluate import next_token_loss
 from proxsparse.masks import Masks
+from proxsparse.precision import eval_mode
 from proxsparse.targets import Target, Targets
 
 _METRICS_EVERY = 10  # steps between looks at the loss: each look makes a GPU wait for the host
@@ -123,10 +124,8 @@ def learn(job: Job, rule: Rule) -> Masks:
     original = {t.name: t.weight().clone() for t in layers}
     states = {t.name: rule.start(t) for t in layers}
     done = _restore(job, states)
-    was_training = job.model.training
-    job.model.eval()
     try:
-        with _only_targets_require_grad(job.model, job.targets), _stop_requests() as stop:
+        with eval_mode(job.model), _only_targets_require_grad(job.model, job.targets), _stop_requests() as stop:
             for target in layers:
                 rule.sync_(target, states[target.name])
             _loop(job, rule, states, done, stop)
@@ -135,7 +134,6 @@ def learn(job: Job, rule: Rule) -> Masks:
             for t in layers:
                 masks.add(t, ops.mask_2to4(rule.score(t, states[t.name])))
     finally:
-        job.model.train(was_training)
         for t in layers:
             t.set_weight_(original[t.name])
     return masks

@@ -51,6 +51,7 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
     Raises:
         ProxsparseError: not found, not a causal LM, without safetensors, or without tokenizer.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     name = os.fspath(model)
@@ -63,14 +64,20 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
         )
     try:
         config = AutoConfig.from_pretrained(name)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype="auto", use_safetensors=True
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ProxsparseError(
             f"{name} cannot be loaded as a causal language model: {_first_lines(error)}"
         ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        raise ProxsparseError(
+            f"{name} lacks {len(missing)} weights of {type(loaded).__name__}, first {missing[0]}: the "
+            "checkpoint is incomplete, or of another architecture"
+        )
     revision = getattr(loaded.config, "_commit_hash", None)
     return LoadedModel(loaded.to(device), tokenizer, name, revision)
 

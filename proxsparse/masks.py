@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from proxsparse import ops, reference
+from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
 from proxsparse.targets import Target, Targets, find_targets
 
@@ -133,16 +134,13 @@ def targets_of(model: nn.Module, masks: Masks) -> Targets:
     Raises:
         ProxsparseError: a mask names a layer the model has not, or of another shape.
     """
-    from proxsparse.config import TargetConfig
-
-    everything = find_targets(model, TargetConfig(targets=("re:.*",)))
+    named = tuple(name.removesuffix(".weight") for name in masks)
+    try:
+        everything = find_targets(model, TargetConfig(targets=named))
+    except ProxsparseError as error:
+        raise ProxsparseError(f"the masks were made for another model: {error}") from error
     by_name = {t.parameter_name: t for t in everything.layers}
     for name, shape in masks.shapes.items():
-        if name not in by_name:
-            raise ProxsparseError(
-                f"the mask file has {name}, but the model has no such layer: it was made for another "
-                "model"
-            )
         if by_name[name].shape != shape:
             raise ProxsparseError(
                 f"the mask of {name} has shape {list(shape)}, the model's weight "

@@ -34,7 +34,6 @@ _PRODUCTS = {
     Tensor.matmul,
     Tensor.mm,
     Tensor.bmm,
-    Tensor.__matmul__,
 }
 
 
@@ -111,11 +110,7 @@ class _Observer(TorchFunctionMode):
         return hook
 
     def _activate(self, target: Target) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self.ran.add(target)
-            self.active.append(target)
-
-        return hook
+        return lambda *_: self.active.append(target)
 
     def _deactivate(self, target: Target) -> Callable[..., None]:
         return lambda *_: self.active.remove(target)
@@ -172,10 +167,8 @@ class _Observer(TorchFunctionMode):
                 self._report(target, expert + index, inputs)
 
 
-def _same_memory(x: Any, parameter: Tensor) -> bool:
+def _same_memory(x: Tensor, parameter: Tensor) -> bool:
     """Whether x is a view of the parameter, which may itself be a part of a larger storage."""
-    if not isinstance(x, Tensor) or x.dtype != parameter.dtype:
-        return False
     if x.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
         return False
     return 0 <= x.storage_offset() - parameter.storage_offset() < parameter.numel()

@@ -1,4 +1,4 @@
-"""In which precision a model computes while masks are learned, and how it gets back unharmed.
+"""How a model computes while masks are learned, and how it gets back unharmed.
 
 Kept weights must end bitwise as they began. Low-precision parameters may be widened to float32 for
 the time of learning, since that is exact and rounding them back returns the same bits.
@@ -65,6 +65,18 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         for name, original in changed.items():
             parameters[name].grad = None
             parameters[name].data = parameters[name].data.to(original)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside the block; each module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def autocast(model: nn.Module) -> contextlib.AbstractContextManager[None]:

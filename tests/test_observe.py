@@ -262,6 +262,26 @@ def test_products_that_are_recognised(apply, experts):
     assert all(torch.equal(x, X) for x in record.calls["w"].values())
 
 
+def test_parameters_that_share_a_storage():
+    """As in a flattened checkpoint: the place within the storage tells them apart."""
+    flat = torch.randn(2, 3, 8, 4)
+    module = _Experts(lambda w, x: (F.linear(x, w[1]), F.linear(-x, flat[1, 2])))
+    module.w = nn.Parameter(flat[0])
+    module.other = nn.Parameter(flat[1])
+    other, record = Target("other", module, "other", "other", 0, False, module), _Record()
+    with torch.no_grad(), observe_inputs([module.target(), other], record):
+        module(X)
+    assert torch.equal(record.calls["w"][1], X) and len(record.calls["w"]) == 1
+    assert torch.equal(record.calls["other"][2], -X) and len(record.calls["other"]) == 1
+
+
+def test_no_tokens_no_call():
+    module, record = _Experts(lambda w, x: F.linear(x, w[1])), _Record()
+    with torch.no_grad(), observe_inputs([module.target()], record):
+        module(X[:0])
+    assert not record.calls
+
+
 def test_a_batch_differs_per_expert():
     module, record = _Experts(lambda w, x: torch.bmm(x, w.mT)), _Record()
     batch = torch.randn(3, 5, 4)

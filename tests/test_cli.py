@@ -1,0 +1,133 @@
+"""The commands as a user types them: flags from the configs, JSON, errors, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import proxsparse
+from proxsparse.cli import app
+from proxsparse.config import METHOD_OPTIONS, CalibrationConfig, LearnConfig, TargetConfig
+
+DEMO = str(Path(proxsparse.__file__).parent / "demo_model")
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def last_json(result: Any) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_setting_has_a_flag_with_help() -> None:
+    text = " ".join(run("prune", "--help").output.split())
+    for config in (CalibrationConfig, TargetConfig, LearnConfig, *METHOD_OPTIONS.values()):
+        for field in dataclasses.fields(config):
+            assert f"--{field.name.replace('_', '-')}" in text
+            assert field.metadata["help"].split(".")[0][:30] in text
+    for flag in ("--method", "--preset", "--resume", "--output", "--json", "--device", "--dtype"):
+        assert flag in text
+
+
+def test_prune_inspect_apply_eval(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(json.__file__).read_text())
+    out, again = tmp_path / "out", tmp_path / "again"
+    settings = ["--calibration", str(text), "--method", "wanda", "--num-calibration-samples", "4"]
+    settings += ["--max-seq-length", "64", "--ignore", "down_proj", "--ignore", "re:.*k_proj"]
+    report = last_json(run("prune", DEMO, "--output", str(out), *settings, "--json"))
+    assert report["recipe"]["ignore"] == ["down_proj", "re:.*k_proj"]
+    assert report["data"]["tokens"] == 256 and len(report["layers"]) == 30
+    assert "ignored" in report["left_dense"]["model.layers.0.mlp.down_proj"]
+
+    rows = last_json(run("inspect", str(out), "--base", DEMO, "--json"))
+    assert rows["num_2to4"] == 30 and rows["num_layers"] == 42 and rows["mask_file"] == "matches"
+    assert all(row["kept_bitwise"] and row["negative_zeros"] == 0 for row in rows["layers"])
+    table = run("inspect", str(out))
+    assert table.exit_code == 0 and "30 of 42 layers are 2:4" in table.output
+
+    mask = str(out / "masks.safetensors")
+    assert run("apply", DEMO, "--mask", mask, "--output", str(again)).exit_code == 0
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+    figures = last_json(run("eval", str(out), "--data", str(text), "--json"))
+    dense = last_json(run("eval", DEMO, "--data", str(text), "--json"))
+    assert figures["tokens"] == dense["tokens"] and figures["perplexity"] > dense["perplexity"]
+
+
+def test_human_output_names_tokens_and_dense_layers(tmp_path: Path) -> None:
+    result = run("prune", DEMO, "-o", str(tmp_path / "out"), "--method", "magnitude")
+    assert result.exit_code == 0, result.output
+    assert "left dense: lm_head (tied to embeddings" in result.output
+    assert "magnitude: 42 layers pruned to 2:4" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "nowhere/at/all", "--method", "magnitude"], "is not a directory"),
+        (["prune", DEMO, "--calibration", "missing.txt"], "missing.txt"),
+        (["prune", DEMO, "--method", "best"], "unknown method 'best'"),
+        (["prune", DEMO, "--steps", "0"], "--steps is 0"),
+        (["prune", DEMO, "--lr", "-1"], "--lr is -1"),
+        (["apply", DEMO, "--mask", "none.safetensors"], "there is no mask file"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_code_1(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(*arguments, "--output", str(tmp_path / "out"), "--json")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("proxsparse: ") and message in result.stderr
+    assert "Traceback" not in result.output
+    assert message in json.loads(result.stdout.splitlines()[-1])["error"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_needs_something_to_evaluate() -> None:
+    result = run("eval", DEMO)
+    assert result.exit_code == 1 and "give --data FILE" in result.stderr
+
+
+def test_eval_tasks_without_lm_eval(monkeypatch: Any) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = run("eval", DEMO, "--tasks", "arc_easy")
+    assert result.exit_code == 1 and "pip install 'proxsparse[eval]'" in result.stderr
+
+
+def test_env_reports_each_backend() -> None:
+    result = last_json(run("env", "--json"))
+    assert result["ops"]["prox_2to4"]["reference"] == "yes"
+    for backends in result["ops"].values():
+        assert all(value == "yes" or value.startswith("no: ") for value in backends.values())
+    assert "prox_2to4" in run("env").output
+
+
+def test_inspect_of_a_dense_model_says_no(tmp_path: Path) -> None:
+    result = last_json(run("inspect", DEMO, "--json"))
+    assert result["num_2to4"] == 0 and result["mask_file"] is None
+    shutil.copytree(DEMO, tmp_path / "model")
+    assert last_json(run("inspect", str(tmp_path / "model"), "--json"))["num_layers"] == 42
+
+
+def test_version_and_no_command() -> None:
+    assert run("--version").output.strip() == proxsparse.__version__
+    assert "prune" in run().output
+
+
+def test_help_is_fast_and_light() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys; import proxsparse.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

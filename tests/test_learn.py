@@ -1,0 +1,172 @@
+"""The loop: order of the data, schedule, checkpoints, resumption, interruption, NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from proxsparse import learn as learning
+from proxsparse.checkpoint import Checkpoints
+from proxsparse.config import LearnConfig
+from proxsparse.errors import Interrupted, ProxsparseError
+from proxsparse.learn import Job
+from proxsparse.methods import METHODS
+from proxsparse.targets import find_targets
+
+LEARNED = [m.name for m in METHODS.values() if m.learned]
+
+
+def make_job(model: Any, method: str, directory: Path | None = None, **changes: Any) -> Job:
+    tokens = torch.randint(0, 96, (6, 16), generator=torch.Generator().manual_seed(3))
+    defaults: dict[str, Any] = {"steps": 6, "batch_size": 2, "lr": 0.1, "lam": 2.0}
+    config = LearnConfig(**{**defaults, "checkpoint_every": 2, **changes})
+    return Job(
+        model=model,
+        targets=find_targets(model),
+        tokens=tokens,
+        learn=config,
+        options=METHODS[method].config(),
+        checkpoints=None if directory is None else Checkpoints(directory / "checkpoints", "recipe"),
+        metrics=None if directory is None else directory / "metrics.jsonl",
+    )
+
+
+def codes(masks: Any) -> dict[str, Any]:
+    return {name: masks.codes[name].tolist() for name in masks}
+
+
+@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+def test_leaves_model_as_it_was_and_is_deterministic(
+    tiny_model: Any, method: str, name: str
+) -> None:
+    model = tiny_model(name).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = {k: p.requires_grad for k, p in model.named_parameters()}
+    job = make_job(model, method)
+    first = METHODS[method].run(job)
+    assert set(first) == {t.parameter_name for t in job.targets.layers}
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert {k: p.requires_grad for k, p in model.named_parameters()} == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert codes(METHODS[method].run(make_job(model, method))) == codes(first)
+    for mask in first.values():
+        assert (mask.reshape(-1, 4).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_learning_changes_masks(tiny_model: Any, method: str) -> None:
+    model = tiny_model("llama")
+    magnitude = METHODS["magnitude"].run(make_job(model, "magnitude"))
+    assert codes(METHODS[method].run(make_job(model, method))) != codes(magnitude)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("killed_after", [2, 4, 5])
+def test_resumed_run_equals_undisturbed_one(
+    tiny_model: Any, tmp_path: Path, method: str, killed_after: int, monkeypatch: Any
+) -> None:
+    undisturbed = METHODS[method].run(make_job(tiny_model("llama"), method))
+
+    class Killed(BaseException):
+        pass
+
+    rule_class = {"gates": "_Gates", "proxsparse": "_ProxAdamW"}[method]
+    module = __import__(f"proxsparse.methods.{method}", fromlist=[rule_class])
+    update = getattr(module, rule_class).update_
+
+    def die(self: Any, target: Any, state: Any, grad: Any, moment: Any) -> None:
+        if moment.step > killed_after:
+            raise Killed
+        update(self, target, state, grad, moment)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(module, rule_class), "update_", die)
+        with pytest.raises(Killed):
+            METHODS[method].run(make_job(tiny_model("llama"), method, tmp_path))
+    job = make_job(tiny_model("llama"), method, tmp_path)
+    job.resume = True
+    assert codes(METHODS[method].run(job)) == codes(undisturbed)
+    steps = [json.loads(line)["step"] for line in job.metrics.read_text().splitlines()]
+    assert steps == [2, 4, 6]
+    assert [record["step"] for record in job.history] == steps
+
+
+def test_interrupt_saves_and_says_how_to_go_on(
+    tiny_model: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    loss = learning.next_token_loss
+    calls = []
+
+    def interrupt(model: Any, tokens: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(model, tokens)
+
+    monkeypatch.setattr(learning, "next_token_loss", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"after step 3 of 6.*step-00000003.*--resume"):
+        METHODS["gates"].run(make_job(tiny_model("llama"), "gates", tmp_path))
+    assert signal.getsignal(signal.SIGINT) is handler
+    with pytest.raises(Interrupted, match="nothing was saved"):
+        calls.clear()
+        METHODS["gates"].run(make_job(tiny_model("llama"), "gates"))
+
+
+def test_nan_names_step_and_checkpoint(tiny_model: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    loss = learning.next_token_loss
+    calls = []
+
+    def poisoned(model: Any, tokens: Any) -> Any:
+        calls.append(1)
+        return loss(model, tokens) * (float("nan") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(learning, "next_token_loss", poisoned)
+    with pytest.raises(ProxsparseError, match=r"nan at step 5.*step-00000004"):
+        METHODS["gates"].run(make_job(tiny_model("llama"), "gates", tmp_path))
+
+
+def test_layer_without_gradient_is_named(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    layer = model.model.layers[1].mlp
+    layer.forward = lambda x: torch.zeros_like(x)
+    with pytest.raises(ProxsparseError, match=r"layers\.1\.mlp\.\w+ took no part in the loss"):
+        METHODS["proxsparse"].run(make_job(model, "proxsparse"))
+
+
+def test_history_counts_groups_that_are_2to4(tiny_model: Any) -> None:
+    job = make_job(tiny_model("llama"), "gates", steps=30, checkpoint_every=0, lam=50.0)
+    METHODS["gates"].run(job)
+    shares = [record["share_2to4"] for record in job.history]
+    assert [record["step"] for record in job.history] == [10, 20, 30]
+    assert shares[0] < shares[-1] and shares[-1] > 0.9
+
+
+def test_schedule_warms_up_and_decays() -> None:
+    lrs = [learning._schedule(t, 400) for t in range(400)]
+    assert lrs[0] == 1 / 40 and lrs[39] == 1.0 and max(lrs) == 1.0
+    assert lrs[-1] == pytest.approx(1 / 360)
+    assert [learning._schedule(t, 1) for t in range(1)] == [1.0]
+
+
+def test_every_block_once_per_epoch() -> None:
+    order = learning._Order(num_samples=6, batch_size=4, seed=1)
+    seen = torch.cat([order.indices(t) for t in range(3)]).tolist()
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    assert seen[:6] != seen[6:]
+    fresh = learning._Order(num_samples=6, batch_size=4, seed=1)
+    assert fresh.indices(2).tolist() == seen[8:]
+
+
+def test_steps_of_zero_is_refused() -> None:
+    with pytest.raises(ProxsparseError, match="--steps is 0: it must be at least 1"):
+        LearnConfig(steps=0)
+    assert dataclasses.asdict(LearnConfig())["steps"] == 400
