@@ -1,0 +1,122 @@
+#include "adam.h"
+#include "kernels.h"
+#include "solver.h"
+
+namespace proxsparse {
+
+namespace {
+
+constexpr float kPriorFloor = 1e-3f;  // reference.PRIOR_FLOOR
+
+struct Call {
+  Operand s, grad, w0, m, v, act_norm, out;
+  std::int64_t out_features, in_features;
+  AdamStep adam;
+  float lam;
+  bool hard;
+};
+
+// The norms [E, K] of elements [at, at + n) of gates [E, N, K], row by row.
+PROXSPARSE_INLINE void gather_norms(const Call& call, std::int64_t at, int n, float* norms) {
+  std::int64_t row = at / call.in_features, column = at % call.in_features;
+  alignas(64) float buffer[kTile];
+  for (int i = 0; i < n;) {
+    const std::int64_t left = call.in_features - column;
+    const int run = static_cast<int>(left < n - i ? left : n - i);
+    const std::int64_t source = row / call.out_features * call.in_features + column;
+    std::memcpy(norms + i, call.act_norm.read(source, run, buffer), sizeof(float) * run);
+    i += run;
+    ++row;
+    column = 0;
+  }
+}
+
+// NaN passes through.
+PROXSPARSE_INLINE float clip(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
+
+// |w0| * norm, scaled to RMS 1 in each group and floored; see reference.gate_prior.
+PROXSPARSE_INLINE void gate_prior(const float* w0, const float* norms, float* prior) {
+  PROXSPARSE_SIMD
+  for (int i = 0; i < kTile; i += 4) {
+    const float a = std::fabs(w0[i]) * norms[i], b = std::fabs(w0[i + 1]) * norms[i + 1];
+    const float c = std::fabs(w0[i + 2]) * norms[i + 2], d = std::fabs(w0[i + 3]) * norms[i + 3];
+    const float rms = std::sqrt(0.25f * (a * a + b * b + c * c + d * d));
+    const float scale = rms > 0.0f ? 1.0f / rms : 0.0f;
+    prior[i] = a * scale > kPriorFloor ? a * scale : kPriorFloor;
+    prior[i + 1] = b * scale > kPriorFloor ? b * scale : kPriorFloor;
+    prior[i + 2] = c * scale > kPriorFloor ? c * scale : kPriorFloor;
+    prior[i + 3] = d * scale > kPriorFloor ? d * scale : kPriorFloor;
+  }
+}
+
+// w0 at the two largest prior*s of each group, +0.0 elsewhere; ties keep the lower index.
+PROXSPARSE_INLINE void keep_two(const float* w0, const float* prior, const float* s, float* out) {
+  PROXSPARSE_SIMD
+  for (int i = 0; i < kTile; i += 4) {
+    const float a = prior[i] * s[i], b = prior[i + 1] * s[i + 1];
+    const float c = prior[i + 2] * s[i + 2], d = prior[i + 3] * s[i + 3];
+    const int ab = a >= b, ac = a >= c, ad = a >= d, bc = b >= c, bd = b >= d, cd = c >= d;
+    out[i] = ab + ac + ad >= 2 ? w0[i] : 0.0f;
+    out[i + 1] = 1 - ab + bc + bd >= 2 ? w0[i + 1] : 0.0f;
+    out[i + 2] = 2 - ac - bc + cd >= 2 ? w0[i + 2] : 0.0f;
+    out[i + 3] = 3 - ad - bd - cd >= 2 ? w0[i + 3] : 0.0f;
+  }
+}
+
+}  // namespace
+
+PROXSPARSE_CLONES static void gate_update_range(const Call& call, std::int64_t begin,
+                                                std::int64_t end) {
+  const Prox prox(call.lam);
+  const Adam adam(call.adam);
+  alignas(64) float buffer_s[kTile], buffer_g[kTile], buffer_w0[kTile], buffer_m[kTile];
+  alignas(64) float buffer_v[kTile], norms[kTile] = {}, prior[kTile];
+  alignas(64) float gate[kTile];
+  for (std::int64_t at = begin; at < end; at += kTile) {
+    const int n = static_cast<int>(end - at < kTile ? end - at : kTile);
+    const float* s = call.s.read(at, n, buffer_s);
+    const float* g = call.grad.read(at, n, buffer_g);
+    const float* w0 = call.w0.read(at, n, buffer_w0);
+    const float* m = call.m.read(at, n, buffer_m);
+    const float* v = call.v.read(at, n, buffer_v);
+    float* new_m = call.m.target(at, n, buffer_m);
+    float* new_v = call.v.target(at, n, buffer_v);
+    gather_norms(call, at, n, norms);
+    gate_prior(w0, norms, prior);
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kTile; ++i) {
+      float moment1 = m[i], moment2 = v[i];
+      const float step = adam.update(g[i] * w0[i] * adam.grad_scale, moment1, moment2);
+      gate[i] = prior[i] * clip(s[i] - step);
+      new_m[i] = moment1, new_v[i] = moment2;
+    }
+    prox.apply(gate);
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kTile; ++i) gate[i] = clip(gate[i] / prior[i]);
+    call.m.write(at, n, new_m);
+    call.v.write(at, n, new_v);
+    call.s.write(at, n, gate);
+    if (call.out.data != nullptr) {
+      // The gate as it was stored, so that a low-precision gate and its weight agree.
+      const float* stored = call.s.read(at, n, buffer_s);
+      if (call.hard) {
+        keep_two(w0, prior, stored, gate);
+      } else {
+        PROXSPARSE_SIMD
+        for (int i = 0; i < kTile; ++i) gate[i] = w0[i] * stored[i];
+      }
+      call.out.write(at, n, gate);
+    }
+  }
+}
+
+void gate_update(Operand s, Operand grad, Operand w0, Operand m, Operand v, Operand act_norm,
+                 Operand out, std::int64_t size, std::int64_t out_features,
+                 std::int64_t in_features, AdamStep adam, float lam, bool hard, int threads) {
+  const Call call{s, grad, w0, m, v, act_norm, out, out_features, in_features, adam, lam, hard};
+  parallel_ranges(size, kTile, 1 << 13, threads, [&](std::int64_t begin, std::int64_t end) {
+    gate_update_range(call, begin, end);
+  });
+}
+
+}  // namespace proxsparse

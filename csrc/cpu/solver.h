@@ -1,0 +1,307 @@
+// The exact proximal operator of R for kLanes groups side by side, in float32.
+//
+// The problem is reference.py's `_prox_sorted` (what is proven and what is tested is said there),
+// in units where lam = 1: with u = lam*z it is 1/2 ||x - u||^2 + R(x), and w = x/lam. What makes it
+// fast is that only winners are looked for:
+//
+// * On the box 0 <= x <= u the row sums of R's Hessian are at most twice the sum of u. Where that
+// is
+//   below 1 the problem is convex and coordinate steps find its minimum, in any order of the
+//   entries.
+// * A stationary 3-sparse x beats the 2-sparse (u1, u2, 0, 0) exactly when x1^2 + x2^2 < 1, hence
+//   x3 < 0.71; a dense minimum needs x1 + x2 < 1. Either way u1 < 1.25.
+// * Where u1^2 + u2^2 < 1, the 3-sparse candidate wins over the 2-sparse exactly when u3 > u1*u2;
+// and
+//   where u4 > u1*u2 + u1*u3 + u2*u3 the dense one wins over both.
+// * The dense candidate wins when the fourth entry would grow from 0 at the best sparser candidate.
+//   Otherwise it wins only by a jump, met only among u1 + u2 > 1 with u4 > u2/2 (tested, with
+//   room), and only there are objectives compared.
+//
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+
+namespace proxsparse {
+
+constexpr int kThreeSteps = 9, kDenseSteps = 3;
+constexpr float kConverged = 1e-3f;    // relative Newton step; the next is its square
+constexpr float kArrived = 1e-2f;      // the same, of the last step allowed
+constexpr float kLargestU1 = 1.2501f;  // above it the 2-sparse candidate wins
+constexpr float kLargestX3 = 0.708f;   // of a 3-sparse winner
+constexpr float kHuge = 1e18f;         // squares beyond it overflow
+
+using Lanes = float[kLanes];
+using Flags = std::int32_t[kLanes];
+
+PROXSPARSE_INLINE float positive(float x) { return x > 0.0f ? x : 0.0f; }
+
+class Prox {
+ public:
+  // A lam too small to change a float32 is taken as 0.
+  explicit Prox(float lam) : lam_(lam > 1e-30f ? lam : 0.0f), inverse_lam_(0.0f) {
+    if (lam_ > 0.0f) inverse_lam_ = 1.0f / lam_;
+  }
+
+  // A tile of z, in place: groups of four neighbours become their prox.
+  PROXSPARSE_INLINE void apply(float* tile) const {
+    alignas(64) Lanes z[4];
+    float largest = 0.0f;
+#pragma omp simd reduction(max : largest)
+    for (int i = 0; i < kLanes; ++i) {
+      z[0][i] = std::fabs(tile[4 * i]), z[1][i] = std::fabs(tile[4 * i + 1]);
+      z[2][i] = std::fabs(tile[4 * i + 2]), z[3][i] = std::fabs(tile[4 * i + 3]);
+      const float sum = z[0][i] + z[1][i] + z[2][i] + z[3][i];
+      const float comparable = sum < kHuge ? sum : kHuge;  // NaN becomes huge too
+      largest = comparable > largest ? comparable : largest;
+    }
+    const float curvature = 2.0f * lam_ * largest;
+    if (curvature < 1.0f && largest < kHuge) {
+      solve_convex(z, 4 + static_cast<int>(5.0f * curvature));
+    } else {
+      solve_sorted(z);
+    }
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kLanes; ++i) {
+      tile[4 * i] = signed_like(z[0][i], tile[4 * i]);
+      tile[4 * i + 1] = signed_like(z[1][i], tile[4 * i + 1]);
+      tile[4 * i + 2] = signed_like(z[2][i], tile[4 * i + 2]);
+      tile[4 * i + 3] = signed_like(z[3][i], tile[4 * i + 3]);
+    }
+  }
+
+ private:
+  // Coordinate descent from z itself, in place and in z's own units.
+  PROXSPARSE_INLINE void solve_convex(Lanes (&z)[4], int sweeps) const {
+    alignas(64) Lanes x[4];
+    std::memcpy(x, z, sizeof x);
+    for (int sweep = 0; sweep < sweeps; ++sweep) {
+      PROXSPARSE_SIMD
+      for (int i = 0; i < kLanes; ++i) {
+        float x1 = x[0][i], x2 = x[1][i], x3 = x[2][i], x4 = x[3][i];
+        x4 = positive(z[3][i] - lam_ * (x1 * x2 + x3 * (x1 + x2)));
+        x3 = positive(z[2][i] - lam_ * (x1 * x2 + x4 * (x1 + x2)));
+        x2 = positive(z[1][i] - lam_ * (x3 * x4 + x1 * (x3 + x4)));
+        x1 = positive(z[0][i] - lam_ * (x3 * x4 + x2 * (x3 + x4)));
+        x[0][i] = x1, x[1][i] = x2, x[2][i] = x3, x[3][i] = x4;
+      }
+    }
+    std::memcpy(z, x, sizeof x);
+  }
+
+  // The general case: sort, find the winner, put back; in place.
+  PROXSPARSE_INLINE void solve_sorted(Lanes (&z)[4]) const {
+    alignas(64) Lanes u[4], x[4], y[4];
+    alignas(64) Flags order, needs3, needs4, jumps;
+    std::int32_t any3 = 0, any4 = 0, any_jump = 0;
+
+    // Adjacent exchanges only, which is stable: of equal magnitudes the lower index stays first.
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kLanes; ++i) {
+      std::int32_t m1 = to_int(z[0][i]), m2 = to_int(z[1][i]);
+      std::int32_t m3 = to_int(z[2][i]), m4 = to_int(z[3][i]);
+      std::int32_t swaps = exchange(m1, m2, 1) | exchange(m2, m3, 2) | exchange(m3, m4, 4);
+      swaps |= exchange(m1, m2, 8) | exchange(m2, m3, 16);
+      order[i] = swaps | exchange(m1, m2, 32);
+      z[0][i] = bits_to_float(m1), z[1][i] = bits_to_float(m2);
+      z[2][i] = bits_to_float(m3), z[3][i] = bits_to_float(m4);
+    }
+#pragma omp simd reduction(| : any3)
+    for (int i = 0; i < kLanes; ++i) {
+      const std::int32_t candidate = lam_ * z[0][i] < kLargestU1 ? 1 : 0;
+      const float a = candidate ? lam_ * z[0][i] : 0.0f, b = candidate ? lam_ * z[1][i] : 0.0f;
+      const float c = candidate ? lam_ * z[2][i] : 0.0f, d = candidate ? lam_ * z[3][i] : 0.0f;
+      u[0][i] = a, u[1][i] = b, u[2][i] = c, u[3][i] = d;
+      const float surely2 = a * a + b * b < 1.0f ? a * b - c : -1.0f;
+      const float surely4 = d - (a * b + c * (a + b));
+      const std::int32_t unless4 = surely4 > 0.0f ? 0 : candidate;
+      needs4[i] = candidate;
+      needs3[i] = surely2 < 0.0f ? unless4 : 0;
+      any3 |= needs3[i];
+    }
+
+    // The best sparser candidate, and the pull on a fourth entry there.
+    for (int i = 0; i < kLanes; ++i) x[2][i] = 0.0f;
+    if (any3) solve_three(u, needs3, x[2]);
+#pragma omp simd reduction(| : any4, any_jump)
+    for (int i = 0; i < kLanes; ++i) {
+      const float a = u[0][i], b = u[1][i], c = x[2][i];
+      const float inverse = 1.0f / (1.0f - c * c);
+      const float x1 = (a - c * b) * inverse, x2 = (b - c * a) * inverse;
+      const float third = x1 * x1 + x2 * x2 < 1.0f ? c : 0.0f;
+      const float first = third > 0.0f ? x1 : a, second = third > 0.0f ? x2 : b;
+      x[0][i] = first, x[1][i] = second, x[2][i] = third;
+      const float pull = u[3][i] - (first * second + third * (first + second));
+      const std::int32_t jump = a + b > 1.0f ? (u[3][i] > 0.5f * b ? needs4[i] : 0) : 0;
+      needs4[i] = pull >= 0.0f ? needs4[i] : jump;
+      jumps[i] = pull >= 0.0f ? 0 : jump;
+      any4 |= needs4[i];
+      any_jump |= jumps[i];
+    }
+    if (any4) {
+      solve_dense(u, needs4, y);
+      if (any_jump) compare(u, jumps, x, y, needs4);
+      PROXSPARSE_SIMD
+      for (int i = 0; i < kLanes; ++i) {
+        x[0][i] = needs4[i] ? y[0][i] : x[0][i];
+        x[1][i] = needs4[i] ? y[1][i] : x[1][i];
+        x[2][i] = needs4[i] ? y[2][i] : x[2][i];
+      }
+    }
+    finish(order, u, x, needs4, z);
+  }
+
+  // As integers, magnitudes order as they do as floats, NaN above all.
+  static PROXSPARSE_INLINE std::int32_t to_int(float magnitude) {
+    return static_cast<std::int32_t>(float_to_bits(magnitude));
+  }
+
+  static PROXSPARSE_INLINE std::int32_t exchange(std::int32_t& a, std::int32_t& b,
+                                                 std::int32_t bit) {
+    const std::int32_t swap = b > a ? bit : 0;
+    const std::int32_t larger = a > b ? a : b, smaller = a > b ? b : a;
+    a = larger, b = smaller;
+    return swap;
+  }
+
+  static PROXSPARSE_INLINE void restore(float& a, float& b, std::int32_t order, std::int32_t bit) {
+    const bool swap = (order & bit) != 0;
+    const float first = swap ? b : a, second = swap ? a : b;
+    a = first, b = second;
+  }
+
+  // Newton on the third entry t: t - u3 + x1*x2 = 0 with x1 = (u1 - t*u2)/(1 - t^2), x2 alike, from
+  // the right end of the interval on which this is convex; brought over one denominator.
+  static PROXSPARSE_INLINE void solve_three(const Lanes (&u)[4], const Flags& needed, Lanes& t) {
+    alignas(64) Flags active;
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kLanes; ++i) {
+      const float root = std::sqrt((u[0][i] - u[1][i]) * (u[0][i] + u[1][i]));
+      const float ceiling = u[1][i] / (u[0][i] + root);
+      const float most = ceiling < kLargestX3 ? ceiling : kLargestX3;
+      t[i] = needed[i] ? (u[2][i] > most ? most : u[2][i]) : 0.0f;
+      active[i] = needed[i];
+    }
+    for (int step = 0; step < kThreeSteps; ++step) {
+      std::int32_t any = 0;
+#pragma omp simd reduction(| : any)
+      for (int i = 0; i < kLanes; ++i) {
+        const float n1 = u[0][i] - t[i] * u[1][i], n2 = u[1][i] - t[i] * u[0][i];
+        const float det = 1.0f - t[i] * t[i], det2 = det * det;
+        const float slope = det * det2 - (n1 * n1 + n2 * n2 - 2.0f * t[i] * n1 * n2);
+        const float value = det * ((t[i] - u[2][i]) * det2 + n1 * n2);
+        const float next = slope > 0.0f ? positive(t[i] - value / slope) : 0.0f;
+        const float change = std::fabs(next - t[i]);
+        t[i] = active[i] ? next : t[i];
+        active[i] = change > kConverged * next ? active[i] : 0;
+        any |= active[i];
+      }
+      if (!any) break;
+    }
+  }
+
+  // Newton on the pair sums s = x1 + x2 and q = x3 + x4. The start keeps s <= 1 - 0.18*(u3 + u4);
+  // from there every winner is reached in kDenseSteps without leaving the set where the Hessian is
+  // positive (tested). Lanes that are not, or where the last step is not small, lose their `needed`
+  // flag.
+  static PROXSPARSE_INLINE void solve_dense(const Lanes (&u)[4], Flags& needed, Lanes (&y)[4]) {
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kLanes; ++i) {
+      const float a = u[0][i] + u[1][i], b = u[0][i] - u[1][i];
+      const float c = u[2][i] + u[3][i], e = u[2][i] - u[3][i];
+      const float bound = 1.0f - 0.18f * c;
+      const float first = a < bound ? a : bound;
+      float q = positive((c - 0.5f * (first * first - b * b)) / (1.0f + first));
+      const float second = (a - 0.5f * q * q) / (1.0f + q);
+      float s = second < bound ? second : bound;
+      float margin = 1.0f, change = 0.0f;
+#pragma GCC unroll 4
+      for (int step = 0; step < kDenseSteps; ++step) {
+        const float one_s = 1.0f - s, one_q = 1.0f - q;
+        const float inverse = 1.0f / (one_s * one_q);
+        const float over_s = inverse * one_q, over_q = inverse * one_s;
+        const float gap12 = b * over_q, gap34 = e * over_s;
+        const float f_s = s - a + q * s + 0.5f * (q * q - gap34 * gap34);
+        const float f_q = q - c + q * s + 0.5f * (s * s - gap12 * gap12);
+        const float h_s = 1.0f + q - gap34 * gap34 * over_s;
+        const float h_q = 1.0f + s - gap12 * gap12 * over_q;
+        const float cross = s + q;
+        const float det = h_s * h_q - cross * cross;
+        const float over_det = 1.0f / det;
+        const float step_s = (h_q * f_s - cross * f_q) * over_det;
+        const float step_q = (h_s * f_q - cross * f_s) * over_det;
+        s -= step_s, q -= step_q;
+        const float least = one_s < h_s ? one_s : h_s;
+        margin = least < det ? least : det;
+        change = std::fabs(step_s) + std::fabs(step_q);
+      }
+      const float inverse = 1.0f / ((1.0f - s) * (1.0f - q));
+      const float gap12 = b * inverse * (1.0f - s), gap34 = e * inverse * (1.0f - q);
+      y[0][i] = 0.5f * (s + gap12), y[1][i] = 0.5f * (s - gap12);
+      y[2][i] = 0.5f * (q + gap34), y[3][i] = 0.5f * (q - gap34);
+      const std::int32_t arrived = change <= kArrived * s ? needed[i] : 0;
+      needed[i] = margin > 0.0f ? arrived : 0;
+    }
+  }
+
+  // Of the lanes that can only win by a jump, keep the dense candidate y where its objective is
+  // lower.
+  static PROXSPARSE_INLINE void compare(const Lanes (&u)[4], const Flags& jumps,
+                                        const Lanes (&x)[4], const Lanes (&y)[4], Flags& dense) {
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kLanes; ++i) {
+      const float u1 = u[0][i], u2 = u[1][i], u3 = u[2][i], u4 = u[3][i];
+      const float sparser = gain(x[0][i], x[1][i], x[2][i], 0.0f, u1, u2, u3, u4);
+      const float difference = gain(y[0][i], y[1][i], y[2][i], y[3][i], u1, u2, u3, u4) - sparser;
+      const float worse = y[3][i] > 0.0f ? difference : 1.0f;
+      const std::int32_t wins = worse < 0.0f ? dense[i] : 0;
+      dense[i] = jumps[i] ? wins : dense[i];
+    }
+  }
+
+  // Objective of x less that of (u1, u2, 0, 0).
+  static PROXSPARSE_INLINE float gain(float x1, float x2, float x3, float x4, float u1, float u2,
+                                      float u3, float u4) {
+    const float cut1 = u1 - x1, cut2 = u2 - x2;
+    return 0.5f * (cut1 * cut1 + cut2 * cut2) + x3 * (0.5f * x3 - u3) + x4 * (0.5f * x4 - u4) +
+           x1 * x2 * (x3 + x4) + x3 * x4 * (x1 + x2);
+  }
+
+  // One sweep of exact coordinate steps, smallest entry first; then the order of before. The cuts
+  // are what the steps take off u, so entries that are not cut stay bitwise those of z.
+  PROXSPARSE_INLINE void finish(const Flags& order, const Lanes (&u)[4], const Lanes (&x)[4],
+                                const Flags& dense, Lanes (&z)[4]) const {
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kLanes; ++i) {
+      float x1 = x[0][i], x2 = x[1][i], x3 = x[2][i];
+      const float cut4 = x1 * x2 + x3 * (x1 + x2);
+      const float x4 = dense[i] ? positive(u[3][i] - cut4) : 0.0f;
+      const float cut3 = x1 * x2 + x4 * (x1 + x2);
+      const float keeps3 = dense[i] ? 1.0f : x3;
+      x3 = keeps3 > 0.0f ? positive(u[2][i] - cut3) : 0.0f;
+      const float cut2 = x1 * x3 + x4 * (x1 + x3);
+      x2 = positive(u[1][i] - cut2);
+      const float cut1 = x2 * x3 + x4 * (x2 + x3);
+      const float total = z[0][i] + z[1][i] + z[2][i] + z[3][i];
+      const float nan = total != total ? total : 0.0f;
+      float a = positive(z[0][i] - inverse_lam_ * cut1) + nan;
+      float b = positive(z[1][i] - inverse_lam_ * cut2) + nan;
+      float c = (keeps3 > 0.0f ? positive(z[2][i] - inverse_lam_ * cut3) : 0.0f) + nan;
+      float d = (dense[i] ? positive(z[3][i] - inverse_lam_ * cut4) : 0.0f) + nan;
+      restore(a, b, order[i], 32);
+      restore(b, c, order[i], 16), restore(a, b, order[i], 8);
+      restore(c, d, order[i], 4), restore(b, c, order[i], 2), restore(a, b, order[i], 1);
+      z[0][i] = a, z[1][i] = b, z[2][i] = c, z[3][i] = d;
+    }
+  }
+
+  // Magnitude with the sign of z; zero is +0.0 and NaN passes through.
+  static PROXSPARSE_INLINE float signed_like(float magnitude, float z) {
+    return magnitude == 0.0f ? 0.0f : std::copysign(magnitude, z);
+  }
+
+  float lam_, inverse_lam_;
+};
+
+}  // namespace proxsparse
