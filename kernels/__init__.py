@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op. Importing the package itself does nothing."""

@@ -1,0 +1,72 @@
+"""Unpacking values and 4-bit group codes into the dense tensor."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bits import as_bits
+from .group import join_group, split_group
+from .launch import BLOCK, NUM_WARPS, on_device
+from .pack_2to4 import code_tile
+
+
+@triton.jit
+def _unpack_2to4_kernel(
+    values_ptr, codes_ptr, out_ptr, n, num_bytes, K, PADDED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK/2 values and BLOCK/8 bytes of codes -> BLOCK elements a program."""
+    base, offset, mask = code_tile(n, K, PADDED, BLOCK)
+    position = base + tl.arange(0, BLOCK // 8)
+    code = tl.load(codes_ptr + position, position < num_bytes, 0).to(tl.int32)
+    code = tl.reshape(tl.join(code & 15, code >> 4), [BLOCK // 4])
+    first, last = code & 3, code >> 2
+
+    group, _, _, _ = split_group(offset, BLOCK)
+    exists, _, _, _ = split_group(mask, BLOCK)
+    pair = tl.reshape(tl.join(group // 2, group // 2 + 1), [BLOCK // 2])
+    pair = tl.max_contiguous(tl.multiple_of(pair, 2 if PADDED else 4), 2 if PADDED else 4)
+    pair_exists = tl.reshape(tl.join(exists, exists), [BLOCK // 2])
+    pair_exists = tl.max_constancy(pair_exists, 2 if PADDED else 4)
+    values = tl.load(values_ptr + pair, pair_exists, 0)
+    x, y = tl.split(tl.reshape(values, [BLOCK // 4, 2]))
+    zero = tl.zeros_like(x)
+    dense = join_group(
+        tl.where(first == 0, x, zero),
+        tl.where(first == 1, x, tl.where(last == 1, y, zero)),
+        tl.where(first == 2, x, tl.where(last == 2, y, zero)),
+        tl.where(last == 3, y, zero),
+        BLOCK,
+    )
+    tl.store(out_ptr + offset, dense, mask)
+
+
+def unpack_2to4_triton(values: Tensor, codes: Tensor) -> Tensor:
+    """The dense tensor behind `pack_2to4_triton`'s output, exact +0.0 where nothing was kept.
+
+    Args:
+        values: [..., K/2] contiguous, float32, bfloat16 or float16.
+        codes: uint8 [..., ceil(K/8)], contiguous.
+
+    Returns:
+        [..., K] of the values' dtype.
+
+    Cost: memory-bound, 1.5 * element size + 1/8 bytes per element. Deterministic.
+    """
+    k = 2 * values.shape[-1]
+    out = values.new_empty(*values.shape[:-1], k)
+    if out.numel():
+        with on_device(values):
+            _unpack_2to4_kernel[(triton.cdiv(codes.numel() * 8, BLOCK),)](
+                as_bits(values),
+                codes,
+                as_bits(out),
+                out.numel(),
+                codes.numel(),
+                k,
+                k % 8 == 4,
+                BLOCK,
+                num_warps=NUM_WARPS,
+            )
+    return out

@@ -1,0 +1,135 @@
+"""What the compiler makes of the kernels, for GPUs that are not there: compiling needs no GPU.
+
+Memory-bound kernels live from 16-byte accesses, from values that stay in the thread that loaded
+them, and from registers that do not spill. All three show in the compiler's output.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
+)
+
+# Capabilities of the A100, the H100/H200 and the B200.
+TARGETS = (80, 90, 100)
+INTEGERS = ("n", "K", "num_bytes")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+UPDATE = {"STEPS": 2, "VECTOR": 8, "BLOCK": 1024}
+MIXED = {"STEPS": 3, "VECTOR": 4, "BLOCK": 1024}
+EXACT = {"VECTOR": 8, "BLOCK": 1024}
+
+
+def variant(
+    stem: str,
+    pointers: str,
+    constants: dict[str, Any],
+    wide: tuple[int, int],
+    *,
+    device_scalars: bool = False,
+) -> Any:
+    """A kernel, the dtypes behind its pointers, its 16-byte loads and stores per thread."""
+    types = dict(pair.split(":") for pair in pointers.split())
+    name = "-".join((stem, *dict.fromkeys(types.values())))
+    return pytest.param(stem, types, constants, wide, device_scalars, id=name)
+
+
+ADAMW = {"w0_ptr": None, "master_ptr": None, "seed": None}
+VARIANTS = (
+    variant("prox_2to4", "z:bf16 w:bf16", UPDATE, (1, 1)),
+    variant("prox_2to4", "z:fp32 w:fp32", MIXED, (2, 2)),
+    variant("prox_adamw", "p:bf16 grad:bf16 m:bf16 v:bf16", UPDATE | ADAMW, (4, 3)),
+    variant("prox_adamw", "p:bf16 grad:bf16 m:fp32 v:fp32", MIXED | ADAMW, (4, 4)),
+    variant("prox_adamw", "p:fp32 grad:fp32 m:fp32 v:fp32", MIXED | ADAMW, (8, 6)),
+    variant(
+        "prox_adamw",
+        "p:bf16 grad:bf16 m:fp32 v:fp32 w0:bf16 master:fp32",
+        MIXED | {"seed": None},
+        (6, 6),
+        device_scalars=True,
+    ),
+    variant(
+        "gate_update",
+        "s:bf16 grad:bf16 w0:bf16 m:bf16 v:bf16 norm:fp32 out:bf16",
+        UPDATE | {"ROW_SPANS_TILE": True},
+        (7, 4),
+        device_scalars=True,
+    ),
+    variant(
+        "gate_update",
+        "s:fp32 grad:bf16 w0:bf16 m:fp32 v:fp32 norm:fp32",
+        MIXED | {"ROW_SPANS_TILE": True, "out_ptr": None},
+        (8, 6),
+    ),
+    variant("project_2to4", "w:i16 out:i16", EXACT | {"score_ptr": None}, (1, 1)),
+    variant("mask_2to4", "score:i16 out:u8", EXACT, (1, 0)),
+    variant("is_2to4", "w:i16 result:u8", EXACT, (1, 0)),
+    variant("pack_2to4", "w:i16 values:i16 codes:u8", {"PADDED": False, "BLOCK": 1024}, (1, 0)),
+    variant("unpack_2to4", "values:i16 codes:u8 out:i16", {"PADDED": False, "BLOCK": 1024}, (0, 1)),
+)
+
+
+def compile_kernel(
+    stem: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    device_scalars: bool,
+    capability: int,
+) -> Any:
+    """Compiles as a launch on aligned tensors of a multiple of 16 elements would."""
+    kernel = getattr(importlib.import_module(f"proxsparse.kernels.{stem}"), f"_{stem}_kernel")
+    pointers = {f"{name}_ptr": f"*{dtype}" for name, dtype in types.items()}
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers or name in INTEGERS:
+            signature[name] = pointers.get(name, "i32")
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        else:
+            on_device = device_scalars and name in ("step", "lr", "lam", "grad_scale")
+            signature[name] = "*fp32" if on_device else "fp32"
+    source = triton.compiler.ASTSource(
+        fn=kernel, signature=signature, constexprs=constants, attrs=aligned
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": 4})
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("stem, types, constants, wide, device_scalars", VARIANTS)
+def test_compiled_kernel(
+    stem: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    wide: tuple[int, int],
+    device_scalars: bool,
+    capability: int,
+    tmp_path: Path,
+) -> None:
+    compiled = compile_kernel(stem, types, constants, device_scalars, capability)
+    assert "ttg.convert_layout" not in compiled.asm["ttgir"]
+
+    loads, stores = (
+        len(re.findall(rf"{access}\.global[.\w:]*\.v4\.b32", compiled.asm["ptx"]))
+        for access in ("ld", "st")
+    )
+    assert (loads, stores) == wide
+
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    # A spilled register lives on the stack.
+    (stack,) = re.findall(r"STACK:(\d+)", usage)
+    assert stack == "0", usage
