@@ -53,7 +53,7 @@ class CalibrationConfig(_Checked):
     )
     max_seq_length: int = option(512, "Tokens per calibration block.", minimum=2)
     seed: int = option(
-        0, "Seed of the choice of blocks, of their order and of sampling.", minimum=0
+        0, "Seed of the choice and the order of the calibration blocks.", minimum=0
     )
 
 
@@ -91,7 +91,9 @@ class LearnConfig(_Checked):
     checkpoint_every: int = option(
         50, "Steps between checkpoints; 0 writes one only when interrupted.", minimum=0
     )
-    seed: int = option(0, "Seed of the order of the data.", minimum=0)
+    seed: int = option(
+        0, "Seed of the choice and the order of the calibration blocks.", minimum=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

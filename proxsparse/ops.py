@@ -122,7 +122,7 @@ for _schema in (
     f"prox_adamw_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, {_STEP}, Tensor? w0, "
     f"float lam2, float reg_eps, {_ADAM}, float weight_decay) -> ()",
     f"gate_update_(Tensor(a!) s, Tensor grad, Tensor w0, Tensor(b!) m, Tensor(c!) v, "
-    f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out) -> ()",
+    f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard) -> ()",
 ):
     _library.define(_schema)
 
@@ -312,6 +312,7 @@ def gate_update_(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     out: Tensor | None = None,
+    hard: bool = False,
 ) -> None:
     """Adam and the proximal step on gates, in place; see `reference.gate_update_`."""
     _check_groups("s", s)
@@ -340,4 +341,5 @@ def gate_update_(
         *betas,
         eps,
         out,
+        hard,
     )

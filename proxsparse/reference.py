@@ -108,8 +108,11 @@ def _prox_sorted(z1: Tensor, z2: Tensor, z3: Tensor, z4: Tensor, lam: Tensor, st
 
     # Dense: Newton on the pair sums S and q, half way back whenever a step leaves the convex set.
     c, e = z3 + z4, z3 - z4
-    s = a / (1 + lam * c / (1 + lam * a))
-    q = torch.minimum(c, 0.5 * (1 + lam * s) / lam) / (1 + lam * s)
+    # The start keeps S where the Hessian is that of a minimum.
+    bound = (1 / lam - 0.18 * c).clamp_min(0)
+    s = torch.minimum(a, bound)
+    q = ((c - lam * (s * s - b * b) / 2) / (1 + lam * s)).clamp_min(0)
+    s = torch.minimum((a - lam * q * q / 2) / (1 + lam * q), bound)
     s_in, q_in = zero, zero  # the last point inside; the origin is, whenever a minimum exists
     for _ in range(steps):
         one_s, one_q = 1 - lam * s, 1 - lam * q
@@ -135,6 +138,8 @@ def _prox_sorted(z1: Tensor, z2: Tensor, z3: Tensor, z4: Tensor, lam: Tensor, st
     z = torch.stack((z1, z2, z3, z4), -1)
     x2 = torch.stack((z1, z2, zero, zero), -1)
     o2, o3, o4 = (_objective(x, z, lam) for x in (x2, x3, x4))
+    # Where Newton found no dense point, the sweep may have broken the order among ties.
+    o4 = torch.where((s >= delta) & (q >= d) & (2 * s >= q), o4, torch.inf)
     # On equal objectives the denser one: only groups whose squares underflow are affected, and for
     # those the shrinkage is nil.
     best = torch.where((o3 < o2)[..., None], x3, x2)
@@ -244,7 +249,7 @@ def frozen_regularizer_grad(p: Tensor, w0: Tensor, reg_eps: float) -> Tensor:
 
     Source: arXiv:2502.00258, equation 5.
     """
-    r = 1 / (w0 + torch.where(w0 < 0, -reg_eps, reg_eps))
+    r = 1 / torch.where(w0 < 0, w0 - reg_eps, w0 + reg_eps)
     return 2 * (r * p * (p - w0)) * r * (2 * p - w0)
 
 
@@ -361,13 +366,14 @@ def gate_update_(
     beta2: float = 0.999,
     eps: float = 1e-8,
     out: Tensor | None = None,
+    hard: bool = False,
 ) -> None:
     """One Adam step on the gates, then their proximal step in the metric of the prior, in place.
 
         ds <- grad_scale * grad * w0
         s <- s - lr * mhat / (sqrt(vhat) + eps)
         s <- clip( prox_{lam R}(A * clip(s, 0, 1)) / A, 0, 1 )
-        out <- w0 * s
+        out <- w0 * s, or if hard w0 where A*s is among the two largest of its group, else +0.0
 
     Args:
         s: [..., N, K] gates in [0, 1], updated; float64, float32 or bfloat16.
@@ -383,7 +389,10 @@ def gate_update_(
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: Adam's eps.
-        out: like w0; receives the gated weight for the next forward pass when given.
+        out: like w0; receives the weight for the next forward pass when given.
+        hard: what out receives: False the gated weight, True the weight under the mask that the gates
+            stand for now, so that the forward pass sees what will be kept and the gradient, taken as if
+            it were w0*s, decides what should be (straight-through).
 
     Cost: memory-bound when fused; reads grad, w0, s, m, v, writes s, m, v (and out).
     """
@@ -399,7 +408,8 @@ def gate_update_(
     v.copy_(new_v)
     s.copy_(gate)
     if out is not None:
-        out.copy_(frozen * s.to(dtype))
+        s = s.to(dtype)
+        out.copy_(project_2to4(frozen, prior * s) if hard else frozen * s)
 
 
 def _groups(x: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Gates, the default: the proximal idea without units.
 
-The weights stay frozen. Each gets a gate s in [0, 1], the model computes with W0 * s, and the gates are
-driven to 2:4 in the metric of Wanda's importance, scaled to RMS 1 within each group of four. A group
-then has the same scale in every layer of every model, so one lam serves all of them, and weights that
-stay are bitwise the original ones at every moment of the run.
+The weights stay frozen. Each gets a gate s in [0, 1], and the gates are driven to 2:4 by the proximal
+operator in the metric A of Wanda's importance, scaled to RMS 1 within each group of four. A group then
+has the same scale in every layer of every model, so one lam serves all of them. Its strength grows
+linearly from 0: the loss decides first, the constraint later.
 
-The regulariser's strength grows linearly from 0: the loss decides first, the constraint later.
+From the first step on the model computes with the mask that the gates stand for, the top two A*s of
+each group, while the gradient is taken as if it were W0*s (a straight-through estimate, which reaches
+pruned weights too and lets them return). So nothing changes when the mask is made final; computing with
+W0*s instead leaves a tenth more of the loss, see benchmarks/results/NOTES.md.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ _PRIOR_SAMPLES = 128  # blocks behind the activation norms, as many as Wanda's
 
 
 class _Gates(Rule):
-    lr = 0.1
+    lr = 0.06
     lam = 1.0
 
     def __init__(self, learn_config: LearnConfig, norms: dict[str, Tensor]) -> None:
@@ -41,7 +44,8 @@ class _Gates(Rule):
         return {"s": s, "m": torch.zeros_like(s), "v": torch.zeros_like(s), "act_norm": norm}
 
     def sync_(self, target: Target, state: State) -> None:
-        target.set_weight_(self.frozen[target.name] * state["s"])
+        score = self.score(target, state)
+        target.set_weight_(ops.project_2to4(self.frozen[target.name], score))
 
     def update_(self, target: Target, state: State, grad: Tensor, moment: Moment) -> None:
         weight = target.weight().detach()
@@ -59,6 +63,7 @@ class _Gates(Rule):
             lam=self.lam_per_step * moment.progress,
             grad_scale=moment.grad_scale,
             out=out,
+            hard=True,
         )
         if not in_place:
             target.set_weight_(out)
