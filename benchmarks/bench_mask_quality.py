@@ -2,9 +2,10 @@
 
     python benchmarks/bench_mask_quality.py --model DIR --data DIR [--seeds 1] [--out DIR]
 
-DATA holds calibration.txt, heldout.txt and wikitext2.txt. Every method runs through the package as a
-user would run it: 400 steps of 8 blocks of 512 tokens for the learned ones, 128 blocks for the others.
-Perplexity is over whole texts cut into blocks of 512, bfloat16 autocast on a GPU.
+DATA holds calibration.txt, heldout.txt and wikitext2.txt. The learned methods take 400 steps of 8 blocks
+of 512 tokens drawn at random, the layer-by-layer ones the first 128 blocks; the rows named `_drawn` show
+what a random draw of 128 changes. Perplexity is over whole texts cut into blocks of 512, bfloat16
+autocast on a GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import Any
 import torch
 from harness import describe_run, results_directory
 
-from proxsparse.calibration import read_text, to_blocks, tokenize_text
+from proxsparse.calibration import Calibration, read_text, to_blocks, tokenize_text
 from proxsparse.evaluate import evaluate_perplexity, remaining_loss
 from proxsparse.loading import load_model, resolve_device
 from proxsparse.masks import apply_masks_
 from proxsparse.precision import computing_in
-from proxsparse.pruning import load_data, run_method
+from proxsparse.pruning import run_method
 from proxsparse.recipe import make_recipe
 from proxsparse.targets import find_targets
 
@@ -31,12 +32,22 @@ from proxsparse.targets import find_targets
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {}),
     "wanda": ("wanda", {}),
+    "wanda_drawn": ("wanda", {}),
     "sparsegpt_mask_only": ("sparsegpt", {"mask_only": True}),
     "sparsegpt": ("sparsegpt", {}),
+    "sparsegpt_drawn": ("sparsegpt", {}),
     "proxsparse": ("proxsparse", {"lr": 1e-4, "lam": 0.1}),
     "gates": ("gates", {}),
 }
 TEXTS = ("heldout", "wikitext2")
+
+
+def _draw(blocks: torch.Tensor, seed: int) -> torch.Tensor:
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
+
+
+def _as_calibration(blocks: torch.Tensor) -> Calibration:
+    return Calibration(blocks, "calibration.txt", blocks.numel(), blocks.numel(), "")
 
 
 def main() -> None:
@@ -58,6 +69,8 @@ def main() -> None:
         name: to_blocks(tokenize_text(read_text(args.data / f"{name}.txt"), tokenizer), 512)
         for name in TEXTS
     }
+    text = read_text(args.data / "calibration.txt")
+    calibration = to_blocks(tokenize_text(text, tokenizer), 512)
     rows: list[dict[str, Any]] = []
     with computing_in(model, torch.float32):
         original = {t.name: t.weight().clone() for t in targets.layers}
@@ -80,7 +93,9 @@ def main() -> None:
                 if learned:
                     extra["steps"] = args.steps
                 recipe = make_recipe(method, **settings, **extra)
-                data = load_data(args.data / "calibration.txt", tokenizer, recipe, model)
+                drawn = learned or name.endswith("_drawn")
+                tokens = _draw(calibration, seed) if drawn else calibration
+                data = _as_calibration(tokens[: recipe.num_samples])
                 began = time.perf_counter()
                 masks, _ = run_method(model, targets, data, recipe)
                 seconds = time.perf_counter() - began

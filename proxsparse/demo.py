@@ -8,7 +8,10 @@ on is modules that neither the training nor the calibration has seen.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import os
+import random
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from proxsparse.calibration import to_blocks, tokenize_text
+from proxsparse.calibration import Calibration, load_calibration, to_blocks, tokenize_text
 from proxsparse.corpus import stdlib_texts
 from proxsparse.evaluate import evaluate_perplexity, remaining_loss
 from proxsparse.loading import LoadedModel, load_model, resolve_device
@@ -26,7 +29,6 @@ from proxsparse.masks import Masks, apply_masks_, layer_report, model_fingerprin
 from proxsparse.precision import computing_in
 from proxsparse.pruning import (
     FORMAT,
-    load_data,
     mask_metadata,
     output_directory,
     run_method,
@@ -36,7 +38,7 @@ from proxsparse.pruning import (
 from proxsparse.recipe import Recipe, make_recipe
 from proxsparse.targets import Targets, find_targets
 
-PROMPT = "def read(self, size=-1):\n"
+PROMPT = 'if __name__ == "__main__":\n    import'
 _TITLES = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
@@ -75,14 +77,27 @@ def run_demo(
 
 def _recipe(method: str, quick: bool) -> Recipe:
     """The package's defaults on a budget that two cores can pay."""
-    settings: dict[str, Any] = {"calibration": "stdlib", "max_seq_length": 256}
     if method == "magnitude":
         return make_recipe(method)
+    settings: dict[str, Any] = {"calibration": "stdlib", "max_seq_length": 256}
     if method in ("gates", "proxsparse"):
-        settings["steps"] = 40 if quick else 160
+        settings.update(steps=30 if quick else 160, batch_size=4)
     if method == "proxsparse":
-        settings["lam"] = 0.1  # the best of the grid in benchmarks/results/NOTES.md
+        settings["lam"] = 0.1  # the best of a grid, see benchmarks/results/NOTES.md
+    if quick and method in ("wanda", "sparsegpt"):
+        settings["num_calibration_samples"] = 64
     return make_recipe(method, **settings)
+
+
+def _calibration(tokenizer: Any, model: Any, quick: bool) -> Calibration:
+    """The blocks of every method: the first ones drawn serve those that need fewer."""
+    recipe = _recipe("gates", quick)
+    modules = stdlib_texts("train")
+    random.Random(recipe.calibration.seed).shuffle(modules)
+    enough = 12 * recipe.num_samples * recipe.calibration.max_seq_length  # characters, with slack
+    lengths = itertools.accumulate(len(text) for _, text in modules)
+    texts = [text for (_, text), length in zip(modules, lengths, strict=True) if length < enough]
+    return load_calibration(texts, tokenizer, recipe.calibration, recipe.num_samples, model)
 
 
 def _compare(
@@ -90,6 +105,7 @@ def _compare(
 ) -> dict[str, Any]:
     model, tokenizer = base.model, base.tokenizer
     targets = find_targets(model)
+    calibration = _calibration(tokenizer, model, quick)
     text = "\n".join(content for _, content in stdlib_texts("heldout"))
     blocks = to_blocks(tokenize_text(text, tokenizer), 512)[: 16 if quick else 64]
     console.print(
@@ -107,8 +123,8 @@ def _compare(
         generated["dense"] = _generate(base)
         for method in _TITLES:
             recipe = _recipe(method, quick)
+            data = dataclasses.replace(calibration, tokens=calibration.tokens[: recipe.num_samples])
             began = time.perf_counter()
-            data = load_data(recipe.calibration.calibration, tokenizer, recipe, model)
             runs[method] = run_method(model, targets, data, recipe)
             seconds = time.perf_counter() - began
             apply_masks_(model, runs[method][0])
@@ -174,7 +190,7 @@ def _generate(base: LoadedModel) -> str:
 
 
 def _print_results(console: Console, results: dict[str, dict[str, float]]) -> None:
-    table = Table("method", "perplexity", "share of Wanda's loss that remains", "seconds")
+    table = Table("method", "perplexity", "loss left *", "seconds")
     table.add_row("dense", f"{results['dense']['perplexity']:.2f}", "", "")
     for method, title in _TITLES.items():
         figures = results[method]
@@ -185,3 +201,4 @@ def _print_results(console: Console, results: dict[str, dict[str, float]]) -> No
             f"{figures['seconds']:.1f}",
         )
     console.print(table)
+    console.print("* the share of Wanda's loss in log-perplexity that remains")
