@@ -352,7 +352,7 @@ def test_parquet_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(ProxsparseError, match="not a readable Parquet file"):
         load_calibration(path, tokenizer, _config(), 1)
     parquet.write_table(pa.table({"n": [1], "m": [2.0]}), path)
-    with pytest.raises(ProxsparseError, match="which column holds the text.*n, m"):
+    with pytest.raises(ProxsparseError, match=r"which column holds the text.*n, m"):
         load_calibration(path, tokenizer, _config(), 1)
 
 
@@ -390,10 +390,10 @@ def test_options_that_would_change_nothing(text_file: Path, tokenizer: Any) -> N
     batches = torch.zeros(1, 16, dtype=torch.int64)
     dataset = datasets.Dataset.from_dict({"text": ["the cat"]})
     for source in (text_file, text_file.parent, "stdlib", "self", ["the cat"], batches, dataset):
-        with pytest.raises(ProxsparseError, match="--split is 'test', but .* has none"):
+        with pytest.raises(ProxsparseError, match=r"--split is 'test', but .* has none"):
             load_calibration(source, tokenizer, _config(split="test"), 1)
         if source is not dataset:
-            with pytest.raises(ProxsparseError, match="--text-column is 'body', but .* has none"):
+            with pytest.raises(ProxsparseError, match=r"--text-column is 'body', but .* has none"):
                 load_calibration(source, tokenizer, _config(text_column="body"), 1)
 
 
@@ -492,7 +492,7 @@ def test_hub_failures(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ProxsparseError, match=message):
         load_calibration("c4", tokenizer, _config(), 1)
     monkeypatch.setattr(datasets, "load_dataset", _Hub(_broken_stream))
-    with pytest.raises(ProxsparseError, match="connection lost.*'stdlib'"):
+    with pytest.raises(ProxsparseError, match=r"connection lost.*'stdlib'"):
         load_calibration("org/name", tokenizer, _config(), 1)
     hub = _Hub(lambda: iter([{"title": "a", "body": "b"}]))
     monkeypatch.setattr(datasets, "load_dataset", hub)

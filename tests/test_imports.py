@@ -1,0 +1,209 @@
+"""Who may import whom, read from the sources; and what importing the package costs.
+
+The kernels know nothing of the package, the reference knows torch only, everything reaches the
+backends through `ops`, and nothing imports the command line.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "proxsparse"
+KERNELS = ROOT / "kernels"  # installed as proxsparse.kernels
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+FILES |= {
+    f"proxsparse.kernels.{path.stem}".removesuffix(".__init__"): path
+    for path in sorted(KERNELS.glob("*.py"))
+}
+MODULES = [name for name in FILES if not name.startswith("proxsparse.kernels")]
+KERNEL_MODULES = [name for name in FILES if name.startswith("proxsparse.kernels")]
+# A module imports from its own line and those above it.
+LAYERS = (
+    ("_cpu", "kernels", "proxsparse"),  # the package's own file knows its members by name only
+    ("errors", "config", "reference", "ops", "backend_cpu", "plots"),
+    ("targets", "precision", "checkpoint", "corpus"),
+    ("masks", "observe", "calibration", "loading"),
+    ("evaluate", "layerwise"),
+    ("learn",),
+    ("methods",),
+    ("recipe",),
+    ("pruning", "inspection"),
+    ("demo", "environment"),
+    ("cli",),
+)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def statements(node: ast.AST, lazy: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements that run when the module is imported and, if `lazy`, also later ones."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif lazy or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from statements(child, lazy)
+
+
+def imports(module: str, *, lazy: bool = True) -> set[str]:
+    """Absolute names of the modules that a module imports; of ours each one that exists."""
+    path = FILES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for statement in statements(ast.parse(path.read_text(encoding="utf-8")), lazy):
+        if isinstance(statement, ast.Import):
+            found |= {alias.name for alias in statement.names}
+            continue
+        base = statement.module or ""
+        if statement.level:
+            above = package.split(".")[: len(package.split(".")) - statement.level + 1]
+            base = ".".join([*above, *([base] if base else [])])
+        for alias in statement.names:
+            member = f"{base}.{alias.name}"
+            found.add(member if member in FILES or member == "proxsparse._cpu" else base)
+    return found
+
+
+def first_party(names: set[str]) -> set[str]:
+    """Our modules among the names, without the prefix."""
+    return {n.removeprefix("proxsparse.") for n in names if n.split(".")[0] == "proxsparse"}
+
+
+def third_party(names: set[str]) -> set[str]:
+    top = {name.split(".")[0] for name in names}
+    return top - set(sys.stdlib_module_names) - {"proxsparse", "__future__"}
+
+
+def test_the_table_covers_the_package() -> None:
+    expected = {"proxsparse", "proxsparse.ops", "proxsparse.methods.gates", "proxsparse.kernels"}
+    assert expected <= set(FILES)
+
+
+@pytest.mark.parametrize("module", KERNEL_MODULES)
+def test_kernels_know_nothing_of_the_package(module: str) -> None:
+    assert third_party(imports(module)) <= {"torch", "triton"}
+    outside = {name for name in first_party(imports(module)) if name.split(".")[0] != "kernels"}
+    assert not outside
+    assert "torch.library" not in FILES[module].read_text(encoding="utf-8")
+
+
+def test_the_kernels_package_is_a_docstring() -> None:
+    """Hugging Face's package is called `kernels` as well: importing ours must do nothing."""
+    body = ast.parse((KERNELS / "__init__.py").read_text(encoding="utf-8")).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+
+
+def test_reference_imports_torch_and_nothing_of_ours() -> None:
+    names = imports("proxsparse.reference")
+    assert third_party(names) == {"torch"}
+    assert not first_party(names)
+
+
+def test_ops_imports_reference_and_errors() -> None:
+    names = imports("proxsparse.ops")
+    assert third_party(names) == {"torch"}
+    assert first_party(names) == {"reference", "errors"}
+
+
+def test_the_cpu_backend_joins_the_extension_to_torch_and_no_more() -> None:
+    names = imports("proxsparse.backend_cpu")
+    assert third_party(names) == {"torch"}
+    assert first_party(names) == {"_cpu"}
+
+
+@pytest.mark.parametrize("module", ["proxsparse.errors", "proxsparse.config"])
+def test_configs_and_errors_need_no_library(module: str) -> None:
+    names = imports(module)
+    assert not third_party(names)
+    assert first_party(names) <= {"errors"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_backends_are_reached_through_ops_only(module: str) -> None:
+    names = {name.split(".")[0] for name in first_party(imports(module))}
+    allowed = {"_cpu"} if module == "proxsparse.backend_cpu" else set()
+    assert names & {"kernels", "_cpu", "backend_cpu"} == allowed
+    assert "triton" not in third_party(imports(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nobody_imports_the_command_line(module: str) -> None:
+    assert "cli" not in first_party(imports(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_layers_do_not_reach_up(module: str) -> None:
+    """masks below learn and layerwise, they below methods, those below the job and the commands."""
+    height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    own = module.removeprefix("proxsparse.").split(".")[0]
+    assert own in height, f"{module} is new: give it a place in LAYERS"
+    used = {name.split(".")[0] for name in first_party(imports(module))}
+    assert not {name for name in used if height[name] > height[own]}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_libraries_are_imported_when_needed(module: str) -> None:
+    heavy = {"transformers", "datasets", "matplotlib", "pyarrow", "lm_eval", "accelerate"}
+    assert not third_party(imports(module, lazy=False)) & heavy
+    if module == "proxsparse.cli":  # --help answers at once
+        assert "torch" not in third_party(imports(module, lazy=False))
+        assert first_party(imports(module, lazy=False)) <= {"config", "errors"}
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+
+
+LOADED = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+
+
+def test_import_loads_no_library_and_prints_nothing() -> None:
+    done = run_python(
+        "import sys, proxsparse, runpy\n"
+        "assert proxsparse.__version__ and 'prune' in dir(proxsparse)\n"
+        f"runpy.run_path({str(KERNELS / '__init__.py')!r})\n" + LOADED
+    )
+    assert not done.stderr
+    (loaded,) = done.stdout.splitlines()  # the one line is ours
+    assert not {"torch", "transformers", "triton", "numpy", "safetensors"} & set(loaded.split())
+
+
+def test_ops_load_neither_a_model_library_nor_a_backend() -> None:
+    done = run_python(
+        "import sys, proxsparse.ops\n"
+        "backends = {'proxsparse._cpu', 'proxsparse.backend_cpu', 'proxsparse.kernels'}\n"
+        "assert not backends & set(sys.modules)\n" + LOADED
+    )
+    assert "transformers" not in done.stdout.split()
+
+
+def test_public_names_resolve() -> None:
+    run_python("import proxsparse\nfor name in proxsparse.__all__: getattr(proxsparse, name)")
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import proxsparse
+
+    with pytest.raises(AttributeError, match="no attribute 'learn_mask'"):
+        _ = proxsparse.learn_mask
