@@ -2,10 +2,10 @@
 
     python benchmarks/bench_mask_quality.py --model DIR --data DIR [--seeds 1] [--out DIR]
 
-DATA holds calibration.txt, heldout.txt and wikitext2.txt. The learned methods take 400 steps of 8 blocks
-of 512 tokens drawn at random, the layer-by-layer ones the first 128 blocks; the rows named `_drawn` show
-what a random draw of 128 changes. Perplexity is over whole texts cut into blocks of 512, bfloat16
-autocast on a GPU.
+DATA holds calibration.txt, heldout.txt and wikitext2.txt. The learned methods take 400 steps of 8
+blocks of 512 tokens drawn at random, the layer-by-layer ones the first 128 blocks; the rows named
+`_drawn` show what a random draw of 128 changes. Perplexity is over whole texts cut into blocks of
+512, bfloat16 autocast on a GPU.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     PYTHONPATH=. python benchmarks/train_demo_model.py --with-tests --compile --seconds 240
 
-A Llama of 3.2 M parameters with a byte-level BPE tokenizer, on the text of Python's standard library
-(proxsparse/corpus.py). The pruning methods only rank as they do on large models when little is left to
-learn, so the run is long for the size: some 500 M tokens, minutes on a data-centre GPU. That is dozens
-of passes over the text; the weights kept are those of the lowest held-out loss. With --steps the run
-repeats for a seed (on a GPU up to the order of its atomic additions); with --seconds its length depends
-on the machine.
+A Llama of 3.2 M parameters with a byte-level BPE tokenizer, on the text of Python's standard
+library (proxsparse/corpus.py). The pruning methods only rank as they do on large models when little
+is left to learn, so the run is long for the size: some 500 M tokens, minutes on a data-centre GPU.
+That is dozens of passes over the text; the weights kept are those of the lowest held-out loss. With
+--steps the run repeats for a seed (on a GPU up to the order of its atomic additions); with
+--seconds its length depends on the machine.
 
 Writes config.json, generation_config.json, model.safetensors (bfloat16), tokenizer.json,
 tokenizer_config.json and training.json (settings, losses, text fingerprint).
@@ -130,7 +130,7 @@ def learning_rate(peak: float, progress: float) -> float:
 def train(
     model: LlamaForCausalLM, tokens: Tensor, heldout: Tensor, args: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """Trains the model in place, leaves it with the best weights seen, and returns the evaluations."""
+    """Trains the model in place, leaves it with the best weights seen; returns the evaluations."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -173,8 +173,8 @@ def train(
             rate = step * args.batch_size * CONTEXT / max(record["seconds"], 1e-9)
             print(
                 f"step {step:6d}  {min(progress, 1):4.0%}  lr {lr:.2e}  loss {loss.item():.3f}  "
-                f"held-out {record['heldout_loss']:.4f} (ppl {math.exp(record['heldout_loss']):.3f})  "
-                f"{rate:,.0f} tok/s",
+                f"held-out {record['heldout_loss']:.4f} "
+                f"(ppl {math.exp(record['heldout_loss']):.3f})  {rate:,.0f} tok/s",
                 flush=True,
             )
     model.load_state_dict(best)
@@ -188,7 +188,8 @@ def save(
     report: dict[str, object],
 ) -> None:
     """Writes the directory that AutoModelForCausalLM and AutoTokenizer load."""
-    # Padding belongs to generation alone: in the model's config it would freeze that token's embedding.
+    # Padding belongs to generation alone: in the model's config it would freeze that token's
+    # embedding.
     model.generation_config.pad_token_id = 0
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save(str(output / "tokenizer.json"))

@@ -1,8 +1,8 @@
 """The fused step on the gates: gradient of the gate, Adam, prior, prox and the gated weight.
 
-States are floats, or 8-bit to hold the gates of large models: s as a multiple of 1/255, m and the root
-of v as codes with a scale per block of 256 elements. Rounding 8-bit states takes about as long again as
-the step itself: they save memory, not time.
+States are floats, or 8-bit to hold the gates of large models: s as a multiple of 1/255, m and the
+root of v as codes with a scale per block of 256 elements. Rounding 8-bit states takes about as much
+arithmetic as the step itself: they save memory, not time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .rounding import QUANTUM_BLOCK, dequantize, quantize, random_bits, uniform
 PRIOR_FLOOR = tl.constexpr(1e-3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _gate_update_kernel(
     s_ptr,
     grad_ptr,
@@ -190,8 +190,8 @@ def gate_update_triton(
         eps: Adam's eps.
         out: like w0; receives the gated weight w0*s when given.
         hard: write w0 at the two largest A*s of each group into out instead, +0.0 elsewhere.
-        scales: float32 [..., ceil(N*K/256), 2], zeros at first; updated. The steps of m's and of v's
-            codes in each 256 consecutive elements of a matrix. Given, the states are 8-bit.
+        scales: float32 [..., ceil(N*K/256), 2], zeros at first; updated. What a unit of m's and of
+            v's codes stands for in each 256 elements of a matrix. Given, the states are 8-bit.
         seed: of the stochastic rounding of 8-bit states: Philox of (seed, step, position).
 
     Cost: memory-bound: reads grad, w0, s, m, v, writes s, m, v (and out). No temporary memory.

@@ -120,7 +120,10 @@ def prox_group(a, b, c, d, lam, SIGNED: tl.constexpr, STEPS: tl.constexpr):
         z1, z2, z3, z4 = tl.abs(a), tl.abs(b), tl.abs(c), tl.abs(d)
     else:
         z1, z2, z3, z4 = a, b, c, d
-    curvature = 2.0 * lam * tl.max((z1 + z2) + (z3 + z4), 0)
+    # Bits of non-negative floats are ordered like the floats, and a warp's integer maximum is one
+    # instruction. NaN comes out largest and takes the branch for the general case.
+    bits = ((z1 + z2) + (z3 + z4)).to(tl.int32, bitcast=True)
+    curvature = 2.0 * lam * tl.max(bits, 0).to(tl.float32, bitcast=True)
     if curvature < 1.0:
         w1, w2, w3, w4 = z1, z2, z3, z4
         sweeps = STEPS + 1 + (5.0 * curvature).to(tl.int32)

@@ -14,7 +14,7 @@ from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_
 from .rounding import random_bits, round_stochastic
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _prox_adamw_kernel(
     p_ptr,
     grad_ptr,

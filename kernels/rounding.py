@@ -1,7 +1,7 @@
 """Stochastic rounding, to 16-bit floats and to 8-bit codes in blocks of 256 with one scale each.
 
-Rounding to nearest would freeze what an optimiser step changes by less than half a spacing; rounding
-up or down with the right probabilities keeps the expectation.
+Rounding to nearest would freeze what an optimiser step changes by less than half a spacing;
+rounding up or down with the right probabilities keeps the expectation.
 """
 
 from __future__ import annotations

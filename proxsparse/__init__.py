@@ -6,7 +6,8 @@
     masks = proxsparse.learn_masks(model, "my_text.txt", tokenizer)
     proxsparse.apply_masks_(model, masks)
 
-Names are looked up on first use, so that `import proxsparse` loads neither torch nor a model library.
+Names are looked up on first use, so that `import proxsparse` loads neither torch nor a model
+library.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class Checkpoints:
                 continue
             if metadata["recipe"] != self.recipe:
                 raise ProxsparseError(
-                    f"{path} was written by a run with another model, text or settings: resume with "
-                    "the same ones, or start anew without --resume"
+                    f"{path} was written by a run with another model, text or settings: resume "
+                    "with the same ones, or start anew without --resume"
                 )
             return int(metadata["step"]), tensors
         return None

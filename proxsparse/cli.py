@@ -1,4 +1,4 @@
-"""The command line. Flags are generated from the config dataclasses; each command imports lazily."""
+"""The command line. Flags come from the config dataclasses; each command imports lazily."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
 def _quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @_command
@@ -157,8 +157,8 @@ def prune(
         console.print(f"left dense: {name} ({reason})", highlight=False)
     if report["data"]:
         console.print(
-            f"calibration: {report['data']['samples']:,} blocks, {report['data']['tokens']:,} tokens "
-            f"from {report['data']['source']}",
+            f"calibration: {report['data']['samples']:,} blocks, {report['data']['tokens']:,} "
+            f"tokens from {report['data']['source']}",
             highlight=False,
         )
     console.print(
@@ -188,8 +188,8 @@ def apply(
     report = run(model, mask, output, force=force, device=device).report
     if report["mask_from_updated_weights"]:
         console.print(
-            "note: these masks come from a method that also updated the kept weights; here the kept "
-            "weights are the base model's"
+            "note: these masks come from a method that also updated the kept weights; here the "
+            "kept weights are the base model's"
         )
     console.print(f"{len(report['layers'])} layers pruned to 2:4, written to {output}")
     return {"output": output, **report}

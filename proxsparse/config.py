@@ -1,7 +1,7 @@
 """Every setting, declared once: the command line's flags are generated from these dataclasses.
 
-A field's `help` is its documentation, on the command line and in Python alike. Frozen, so that a config
-can be hashed into a recipe and cannot change under a running job.
+A field's `help` is its documentation, on the command line and in Python alike. Frozen, so that a
+config can be hashed into a recipe and cannot change under a running job.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CalibrationConfig(_Checked):
 
     calibration: str = option(
         "c4",
-        "Calibration text: a .txt, .jsonl or .parquet file or a folder of them; 'stdlib' (Python's own "
+        "Calibration text: a .txt, .jsonl or .parquet file or a folder; 'stdlib' (Python's own "
         "standard library, no download); 'self' (sampled from the model itself, no data needed); "
         "'c4', 'wikitext2' or any dataset name on the Hugging Face Hub.",
     )
@@ -47,14 +47,12 @@ class CalibrationConfig(_Checked):
     num_calibration_samples: int | None = option(
         None,
         "Number of blocks of --max-seq-length tokens. Default: 128 for the layer-by-layer methods, "
-        "steps x batch size for the learned ones, so that no block is seen twice. With fewer, blocks "
-        "are reused.",
+        "steps x batch size for the learned ones, so that no block is seen twice. With fewer, "
+        "blocks are reused.",
         minimum=1,
     )
     max_seq_length: int = option(512, "Tokens per calibration block.", minimum=2)
-    seed: int = option(
-        0, "Seed of the choice and the order of the calibration blocks.", minimum=0
-    )
+    seed: int = option(0, "Seed of the choice and the order of the calibration blocks.", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +61,8 @@ class TargetConfig(_Checked):
 
     targets: tuple[str, ...] = option(
         (),
-        "Layers to prune: module names (whole or the last parts), class names, or 're:' and a regular "
-        "expression. Default: every linear layer of the decoder blocks.",
+        "Layers to prune: module names (whole or the last parts), class names, or 're:' and a "
+        "regular expression. Default: every linear layer of the decoder blocks.",
     )
     ignore: tuple[str, ...] = option(
         (),
@@ -91,9 +89,7 @@ class LearnConfig(_Checked):
     checkpoint_every: int = option(
         50, "Steps between checkpoints; 0 writes one only when interrupted.", minimum=0
     )
-    seed: int = option(
-        0, "Seed of the choice and the order of the calibration blocks.", minimum=0
-    )
+    seed: int = option(0, "Seed of the choice and the order of the calibration blocks.", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,15 +21,16 @@ Part = Literal["train", "heldout", "tests"]
 
 # Not the library's: what was installed on top of it, or written by the build of this interpreter.
 _INSTALLED = re.compile(r"site-packages|dist-packages|config-.*|_sysconfigdata.*|sitecustomize\.py")
-# Useless for language modelling. encodings and pydoc_data are tables and documentation generated into
-# literals, a fifth of the whole by size; __hello__ and __phello__ are import fixtures; lib2to3 carries
-# its own forks of tokenize and friends, so near-copies would stand on both sides of the split.
+# Useless for language modelling. encodings and pydoc_data are tables and documentation generated
+# into literals, a fifth of the whole by size; __hello__ and __phello__ are import fixtures; lib2to3
+# carries its own forks of tokenize and friends, so near-copies would stand on both sides of the
+# split.
 _EXCLUDED = {"encodings", "pydoc_data", "__hello__.py", "__phello__", "lib2to3"}
 _TESTS = {"test", "tests", "idle_test"}
 
-# This salt holds out 14 modules, none of them large, and shares at most 4 % of their lines with the rest
-# on Python 3.10 to 3.13; it keeps texts that moved (sre_parse.py to re/, ast.py to _ast_unparse.py) in
-# one part. Changing it invalidates the demo model.
+# This salt holds out 14 modules, none of them large, and shares at most 4 % of their lines with the
+# rest on Python 3.10 to 3.13; it keeps texts that moved (sre_parse.py to re/, ast.py to
+# _ast_unparse.py) in one part. Changing it invalidates the demo model.
 _SALT = "stdlib-4"
 _HELDOUT_SHARE = 0.06
 # A whole library holds about 10 million characters besides its tests.
@@ -37,18 +38,18 @@ _MIN_CHARACTERS = 1_000_000
 
 
 def stdlib_texts(part: Part, root: str | PathLike[str] | None = None) -> list[tuple[str, str]]:
-    """The modules of one part of the standard library.
+    r"""The modules of one part of the standard library.
 
-    Whole top-level modules and packages are held out, about 6 % of the text. Files that are not UTF-8
-    are left out.
+    Whole top-level modules and packages are held out, about 6 % of the text. Files that are not
+    UTF-8 are left out.
 
     Args:
-        part: "train" and "heldout" are disjoint and together the library without its tests; "tests" is
-            the library's test suite, where installed, without files that repeat a held-out one.
+        part: "train" and "heldout" are disjoint and together the library without its tests; "tests"
+            is the library's test suite, where installed, without files that repeat a held-out one.
         root: the library's directory; None means that of the running interpreter.
 
     Returns:
-        (path relative to root with forward slashes, text with "\\n" line ends), sorted by path.
+        (path relative to root with forward slashes, text with "\n" line ends), sorted by path.
 
     Raises:
         ProxsparseError: unknown part, or the directory holds too little source text, as when the
@@ -73,7 +74,7 @@ def stdlib_texts(part: Part, root: str | PathLike[str] | None = None) -> list[tu
         raise ProxsparseError(
             f"{directory} holds {size} characters of Python source, but the standard library has "
             f"millions: this Python ships it zipped or compiled. Use a Python that comes with .py "
-            "files (python.org, a distribution's full package, conda), or pass a text file of your own"
+            "files (python.org, a distribution's full package, conda), or pass a text file"
         )
     heldout = {name: text for name, text in library.items() if _is_heldout(name)}
     if part == "heldout":

@@ -1,8 +1,8 @@
 """The demo: every method on one small real model, on any machine, without a download.
 
-The model ships with the package and was trained on the source text of Python's standard library; the
-text to calibrate on is the standard library of the Python that runs the demo, and the text to evaluate
-on is modules that neither the training nor the calibration has seen.
+The model ships with the package and was trained on the source text of Python's standard library;
+the text to calibrate on is the standard library of the Python that runs the demo, and the text to
+evaluate on is modules that neither the training nor the calibration has seen.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def run_demo(
 
     Args:
         console: where to print.
-        output: directory for the model pruned by gates, its masks and the figure; None writes nothing.
+        output: directory for the model pruned by gates, its masks and the figure; None writes
+            nothing.
         quick: fewer steps and less text, under 40 seconds on two cores.
 
     Returns:

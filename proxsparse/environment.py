@@ -42,7 +42,7 @@ def _devices() -> list[str]:
 
 
 def _availability(op: str, backend: str) -> str:
-    """ "yes", or the reason in words."""
+    """Whether it is there: "yes", or the reason why not."""
     found = ops.implementation(op, backend)
     if isinstance(found, str):
         return f"no: {found}"

@@ -1,8 +1,8 @@
 """The one error a user is meant to read.
 
-Everything a person can do wrong (a missing file, a tensor of the wrong shape, an output directory that
-is not empty) raises `ProxsparseError`; the command line prints its text without a traceback. Anything
-else that escapes is a bug of ours.
+Everything a person can do wrong (a missing file, a tensor of the wrong shape, an output directory
+that is not empty) raises `ProxsparseError`; the command line prints its text without a traceback.
+Anything else that escapes is a bug of ours.
 """
 
 

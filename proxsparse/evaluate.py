@@ -1,7 +1,7 @@
 """Perplexity, the figure every table of the field is in, and lm-eval's tasks for the rest.
 
-The protocol is the usual one: tokenise the whole text without special tokens, cut it into blocks, and
-average the negative log-likelihood of every token of a block but its first.
+The protocol is the usual one: tokenise the whole text without special tokens, cut it into blocks,
+and average the negative log-likelihood of every token of a block but its first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def evaluate_perplexity(
     max_seq_length: int = 512,
     batch_size: int = 8,
 ) -> float:
-    """exp of the mean negative log-likelihood of the tokens 2..L of each block.
+    """The exponential of the mean negative log-likelihood of the tokens 2..L of each block.
 
     Args:
         model: a Hugging Face causal LM, on its device, in its dtype (a float32 model on a GPU is
@@ -64,7 +64,9 @@ def evaluate_perplexity(
     device = next(model.parameters()).device
     total = 0.0
     with eval_mode(model):
-        for batch in tqdm(blocks.split(batch_size), desc="perplexity", disable=None, leave=False):
+        for batch in tqdm(
+            torch.split(blocks, batch_size), desc="perplexity", disable=None, leave=False
+        ):
             total += next_token_loss(model, batch.to(device), "sum").item()
     return math.exp(min(total / (blocks.shape[0] * (blocks.shape[1] - 1)), 700.0))
 
@@ -87,7 +89,7 @@ def evaluate_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> di
 
 
 def remaining_loss(perplexity: float, dense: float, wanda: float) -> float:
-    """The share of Wanda's loss in log-perplexity that a method still has; 0 is as good as dense."""
+    """The share of Wanda's loss in log-perplexity that remains; 0 is as good as dense."""
     return math.log(perplexity / dense) / math.log(wanda / dense)
 
 

@@ -28,9 +28,9 @@ def inspect_model(
 
     Returns:
         {"layers": [{name, shape, is_2to4, zeros, negative_zeros, overlap_with_magnitude,
-        kept_bitwise}], "num_2to4": .., "num_layers": .., "mask_file": ..}. The last two columns of a
-        layer are None when neither `base` nor a report beside the checkpoint tells them; mask_file is
-        "matches", "differs" or None (there is none).
+        kept_bitwise}], "num_2to4": .., "num_layers": .., "mask_file": ..}. The last two columns of
+        a layer are None when neither `base` nor a report beside the checkpoint tells them;
+        mask_file is "matches", "differs" or None (there is none).
     """
     cpu = torch.device("cpu")
     loaded = load_model(model, cpu)

@@ -1,9 +1,9 @@
 """What each layer sees, block by block, with the pruned earlier blocks in effect.
 
-No decoder is replayed by hand. The model's own forward runs; blocks already done return their stored
-output instead of computing it, the block before the current one runs pruned, the current one runs
-dense under observation, and the pass ends there. So every block is computed twice in all, with the
-arguments its own model gives it, and only one block's statistics exist at a time.
+No decoder is replayed by hand. The model's own forward runs; blocks already done return their
+stored output instead of computing it, the block before the current one runs pruned, the current one
+runs dense under observation, and the pass ends there. So every block is computed twice in all, with
+the arguments its own model gives it, and only one block's statistics exist at a time.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class _Stop(Exception):
 
 def _batches(tokens: Tensor) -> tuple[Tensor, ...]:
     """At most 16,384 tokens a pass: enough to fill a GPU, little enough to hold beside a model."""
-    return tokens.split(max(1, 16384 // tokens.shape[1]))
+    return torch.split(tokens, max(1, 16384 // tokens.shape[1]))
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ def _skipping(blocks: tuple[nn.Module, ...], output: Any) -> Iterator[None]:
     """Let each of `blocks` return `output` at once; the last of them decides what follows."""
     originals = [(block, block.__dict__.get("forward")) for block in blocks]
     for block in blocks:
-        block.forward = lambda *_, **__: output  # type: ignore[method-assign]
+        block.forward = lambda *_, **__: output
     try:
         yield
     finally:

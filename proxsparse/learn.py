@@ -4,8 +4,8 @@ It is short on purpose: no trainer, no callbacks. A method is a `Rule` that says
 has, how one step changes it, and which weights it would keep; the loop owns everything else: data
 order, schedule, gradients, checkpoints, metrics, interruption.
 
-A run is a function of (model, tokens, settings): the batch of a step depends on the seed and the step
-alone, so a resumed run sees what an undisturbed one would have seen.
+A run is a function of (model, tokens, settings): the batch of a step depends on the seed and the
+step alone, so a resumed run sees what an undisturbed one would have seen.
 """
 
 from __future__ import annotations
@@ -125,7 +125,11 @@ def learn(job: Job, rule: Rule) -> Masks:
     states = {t.name: rule.start(t) for t in layers}
     done = _restore(job, states)
     try:
-        with eval_mode(job.model), _only_targets_require_grad(job.model, job.targets), _stop_requests() as stop:
+        with (
+            eval_mode(job.model),
+            _only_targets_require_grad(job.model, job.targets),
+            _stop_requests() as stop,
+        ):
             for target in layers:
                 rule.sync_(target, states[target.name])
             _loop(job, rule, states, done, stop)
@@ -208,7 +212,8 @@ def _grad_scale(layers: tuple[Target, ...], max_norm: float | None, device: torc
     if max_norm is None:
         return torch.ones((), device=device)
     norms = [g.float().norm() for g in (t.grad() for t in layers) if g is not None]
-    return (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp_max(1.0)
+    total = torch.stack(norms).norm()
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
 
 def _share_2to4(rule: Rule, states: dict[str, State]) -> float:

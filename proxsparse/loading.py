@@ -64,9 +64,10 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
         )
     try:
         config = AutoConfig.from_pretrained(name)
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
         )
+        loaded, info = result
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ProxsparseError(
@@ -75,8 +76,8 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would fill them with random numbers
         raise ProxsparseError(
-            f"{name} lacks {len(missing)} weights of {type(loaded).__name__}, first {missing[0]}: the "
-            "checkpoint is incomplete, or of another architecture"
+            f"{name} lacks {len(missing)} weights of {type(loaded).__name__}, first {missing[0]}: "
+            "the checkpoint is incomplete, or of another architecture"
         )
     revision = getattr(loaded.config, "_commit_hash", None)
     return LoadedModel(loaded.to(device), tokenizer, name, revision)
@@ -92,8 +93,8 @@ def check_finite(targets: Targets) -> None:
         bad = int((~torch.isfinite(target.weight())).sum())
         if bad:
             raise ProxsparseError(
-                f"{target.name} has {bad} weights that are NaN or infinite: the checkpoint is damaged "
-                "or overflowed in float16; load a sound one"
+                f"{target.name} has {bad} weights that are NaN or infinite: the checkpoint is "
+                "damaged or overflowed in float16; load a sound one"
             )
 
 

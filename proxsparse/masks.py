@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Masks(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.codes)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the safetensors file (1 bit per weight)."""
         from safetensors.torch import save_file
 
@@ -66,7 +67,7 @@ class Masks(Mapping[str, Tensor]):
         save_file(self.codes, str(path), metadata=metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> Masks:
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
         """Read and check a mask file.
 
         Raises:
@@ -83,8 +84,8 @@ class Masks(Mapping[str, Tensor]):
                 codes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ProxsparseError(
-                f"{path} cannot be read as safetensors ({error}): it is truncated or another kind of "
-                "file; write it again with proxsparse prune"
+                f"{path} cannot be read as safetensors ({error}): it is truncated or another kind "
+                "of file; write it again with proxsparse prune"
             ) from error
         if metadata.pop("format", None) != FORMAT:
             raise ProxsparseError(f"{path} is a safetensors file, but holds no proxsparse masks")
@@ -106,8 +107,8 @@ class Masks(Mapping[str, Tensor]):
         if not valid.all():
             group = int((~valid).nonzero()[0])
             raise ProxsparseError(
-                f"{path}: {name} is not 2:4: group {group} has code {int(nibbles[group])}, which does "
-                "not keep two of four"
+                f"{path}: {name} is not 2:4: group {group} has code {int(nibbles[group])}, which "
+                "does not keep two of four"
             )
 
 
@@ -124,7 +125,7 @@ def model_fingerprint(targets: Targets) -> str:
     for target in sorted(targets.layers, key=lambda t: t.parameter_name):
         w = target.parameter.detach()
         digest.update(f"{target.parameter_name} {w.dtype} {tuple(w.shape)}\n".encode())
-        digest.update(memoryview(w.cpu().contiguous().view(torch.uint8).flatten().numpy()))
+        digest.update(w.cpu().contiguous().view(torch.uint8).flatten().numpy().data)
     return digest.hexdigest()
 
 
@@ -154,7 +155,8 @@ def targets_of(model: nn.Module, masks: Masks) -> Targets:
 def apply_masks_(model: nn.Module, masks: Masks) -> None:
     """Zero the pruned weights of `model` in place.
 
-    Kept weights stay bitwise what they are, pruned ones become exact +0.0. Memory: one layer's mask.
+    Kept weights stay bitwise what they are, pruned ones become exact +0.0. Memory: one layer's
+    mask.
 
     Args:
         model: the base model.
@@ -170,7 +172,7 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
 
 
 def layer_report(targets: Targets, masks: Masks) -> list[dict[str, Any]]:
-    """Per layer: name, shape, and the share of kept weights that magnitude pruning keeps as well."""
+    """Per layer: name, shape, and the share of kept weights that magnitude keeps as well."""
     report = []
     for target in targets.layers:
         mask = masks[target.parameter_name]

@@ -1,13 +1,13 @@
 """The only seam between what the package does and how it is computed.
 
-Each op is registered with `torch.library` (so torch.compile and CUDA graphs see it) and runs on one of
-three backends: `reference` (PyTorch, any device, the definition), `cpu` (C++ and OpenMP) or `triton`
-(CUDA). Automatic choice takes the fast one for the tensor's device when it is there, and logs once why
-when it is not; a backend asked for by name, with `use_backend`, runs or raises.
+Each op is registered with `torch.library` (so torch.compile and CUDA graphs see it) and runs on one
+of three backends: `reference` (PyTorch, any device, the definition), `cpu` (C++ and OpenMP) or
+`triton` (CUDA). Automatic choice takes the fast one for the tensor's device when it is there, and
+logs once why when it is not; a backend asked for by name, with `use_backend`, runs or raises.
 
-Scalars that change every step (step, lr, lam, grad_scale) may be Python floats or 0-d tensors. A 0-d
-tensor on the GPU is read by the kernel itself: no host synchronisation, so a captured graph can be
-replayed with new values.
+Scalars that change every step (step, lr, lam, grad_scale) may be Python floats or 0-d tensors. A
+0-d tensor on the GPU is read by the kernel itself: no host synchronisation, so a captured graph can
+be replayed with new values.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def use_backend(name: str) -> Iterator[None]:
         name: one of `BACKENDS`.
 
     Raises:
-        ProxsparseError: at once for an unknown name; at the op's call when that backend cannot run it.
+        ProxsparseError: at once for an unknown name; at the op's call when that backend cannot run
+            it.
     """
     if name not in BACKENDS:
         raise ProxsparseError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
@@ -107,11 +108,12 @@ def _log_once(message: str) -> None:
     _log.info(message)
 
 
-# -- registration ------------------------------------------------------------------------------------
+# -- registration
+# ------------------------------------------------------------------------------------
 
 _STEP = "Tensor step, Tensor lr, Tensor lam, Tensor grad_scale"
 _ADAM = "float beta1, float beta2, float eps"
-_library = torch.library.Library("proxsparse", "DEF")
+_library = torch.library.Library("proxsparse", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
     "prox_2to4(Tensor z, Tensor lam) -> Tensor",
     "project_2to4(Tensor w, Tensor? score) -> Tensor",
@@ -124,14 +126,14 @@ for _schema in (
     f"gate_update_(Tensor(a!) s, Tensor grad, Tensor w0, Tensor(b!) m, Tensor(c!) v, "
     f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard) -> ()",
 ):
-    _library.define(_schema)
+    _library.define(_schema)  # type: ignore[no-untyped-call]
 
 
 def _register(op: str, fake: Callable[..., Any]) -> None:
     def run(first: Tensor, *args: Any) -> Any:
         return _choose(op, first)(first, *args)
 
-    _library.impl(op, run, "CompositeExplicitAutograd")
+    _library.impl(op, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"proxsparse::{op}", fake, lib=_library)
 
 
@@ -153,7 +155,8 @@ _register("prox_adamw_", lambda *_: None)
 _register("gate_update_", lambda *_: None)
 
 
-# -- the functions people call -----------------------------------------------------------------------
+# -- the functions people call
+# -----------------------------------------------------------------------
 
 _op = torch.ops.proxsparse
 
@@ -201,7 +204,7 @@ def prox_2to4(z: Tensor, lam: float | Tensor) -> Tensor:
 
 
 def project_2to4(w: Tensor, score: Tensor | None = None) -> Tensor:
-    """w with all but the two best entries of each group +0.0; see `reference.project_2to4`."""
+    """The tensor w with all but two entries of each group +0.0; see `reference.project_2to4`."""
     _check_groups("w", w)
     if score is not None:
         _check_like("score", score, "w", w)
@@ -225,8 +228,8 @@ def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
     """Kept values and group codes of a 2:4 tensor; see `reference.pack_2to4`.
 
     Raises:
-        ProxsparseError: a group has three or four non-zeros; the first one is named. (Checking reads
-            one flag back to the host; inside torch.compile it is skipped.)
+        ProxsparseError: a group has three or four non-zeros; the first one is named. (Checking
+            reads one flag back to the host; inside torch.compile it is skipped.)
     """
     _check_groups("w", w)
     w = w.contiguous()

@@ -1,8 +1,8 @@
 """The main job: from a model and a text to masks, and to a pruned checkpoint on disk.
 
-Everything is written into `OUTPUT.partial` and renamed to `OUTPUT` at the end, so an output directory
-that exists is a finished one. The partial directory also holds the checkpoints a killed run resumes
-from.
+Everything is written into `OUTPUT.partial` and renamed to `OUTPUT` at the end, so an output
+directory that exists is a finished one. The partial directory also holds the checkpoints a killed
+run resumes from.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def learn_masks(
 
     Args:
         model: a Hugging Face causal LM on the device to work on.
-        calibration: a file, folder, "stdlib", "self" or Hub name; a list of texts; a `datasets.Dataset`;
-            or an iterable of token batches. None takes the default setting, C4.
+        calibration: a file, folder, "stdlib", "self" or Hub name; a list of texts; a
+            `datasets.Dataset`; or an iterable of token batches. None takes the default setting, C4.
         tokenizer: the model's tokenizer; needed unless `calibration` is tokens already.
         method: one of `proxsparse.methods.METHODS`.
         preset: published settings of the paper, see `proxsparse.recipe.PRESETS`.
@@ -102,9 +102,9 @@ def prune(
 ) -> PruneResult:
     """Prune a Hugging Face causal LM to 2:4 and write the result to a directory.
 
-    The directory holds a dense checkpoint with zeros (any Hugging Face program loads it), its tokenizer,
-    `masks.safetensors`, `proxsparse.json` (recipe, provenance, per-layer report) and, for learned
-    methods, `metrics.jsonl` and `training.png`.
+    The directory holds a dense checkpoint with zeros (any Hugging Face program loads it), its
+    tokenizer, `masks.safetensors`, `proxsparse.json` (recipe, provenance, per-layer report) and,
+    for learned methods, `metrics.jsonl` and `training.png`.
 
     Args:
         model: local directory or Hub name.
@@ -286,8 +286,8 @@ def run_method(
     """Run a recipe's method on a model in memory.
 
     Returns:
-        The masks (not yet applied), and the history of a learned method. The model's weights are the
-        original ones, unless the method updates the weights it keeps.
+        The masks (not yet applied), and the history of a learned method. The model's weights are
+        the original ones, unless the method updates the weights it keeps.
     """
     torch.manual_seed(recipe.calibration.seed)
     job = Job(

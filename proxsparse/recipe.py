@@ -70,7 +70,7 @@ class Recipe:
         }
 
     def key(self, *inputs: str) -> str:
-        """A hash of what decides the result: the settings and the fingerprints of model and data."""
+        """A hash of what decides the result: settings, and fingerprints of model and data."""
         settings = self.as_dict()
         for harmless in ("checkpoint_every", "calibration", "split", "text_column"):
             settings.pop(harmless, None)

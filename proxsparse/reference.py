@@ -7,8 +7,8 @@ Shapes: N out_features, K in_features, G = N*K/4 groups of four neighbours along
 All ops take [..., K] with K a multiple of 4 and work on any torch device.
 
 Sources: ProxSparse, Liu et al., ICML 2025, arXiv:2502.00258 (R, the proximal step and the
-frozen-weight regulariser); Wanda, Sun et al., ICLR 2024, arXiv:2306.11695 (the importance behind the
-gates); AdamW, Loshchilov and Hutter, ICLR 2019.
+frozen-weight regulariser); Wanda, Sun et al., ICLR 2024, arXiv:2306.11695 (the importance behind
+the gates); AdamW, Loshchilov and Hutter, ICLR 2019.
 """
 
 from __future__ import annotations
@@ -49,28 +49,30 @@ def prox_2to4(z: Tensor, lam: float | Tensor) -> Tensor:
 
         prox(z) = argmin_w  1/2 ||w - z||^2 + lam * R(w)
 
-    Signs and order of the magnitudes are those of z, so the problem is solved on z1 >= z2 >= z3 >= z4
-    >= 0 (ties: the lower index counts as the larger). The minimiser is 2-sparse, 3-sparse or dense,
-    always on the largest entries; each of the three candidates is found and the lowest objective kept.
+    Signs and order of the magnitudes are those of z, so the problem is solved on z1 >= z2 >= z3 >=
+    z4 >= 0 (ties: the lower index counts as the larger). The minimiser is 2-sparse, 3-sparse or
+    dense, always on the largest entries; each of the three candidates is found and the lowest
+    objective kept.
 
-    What is proven. *2-sparse* is (z1, z2, 0, 0). *3-sparse*: for a fixed third entry t the first two
-    solve a linear system, which leaves g'(t) = t - z3 + lam*w1(t)*w2(t) = 0. An interior minimum has
-    w2 >= lam*t*w1, and there g' is convex, so on [0, min(z3, t_c)] with t_c in closed form Newton from
-    the right end falls monotonically onto the only minimum there can be. *Dense*: with the pair sums
-    S = w1 + w2 and q = w3 + w4 the differences are (z1 - z2)/(1 - lam*q) and (z3 - z4)/(1 - lam*S),
-    which leaves a function of (S, q) whose Hessian is positive where sqrt(A*B) > lam*(S + q) with A and
-    B concave: a convex set, so again there is at most one interior minimum.
+    What is proven. *2-sparse* is (z1, z2, 0, 0). *3-sparse*: for a fixed third entry t the first
+    two solve a linear system, which leaves g'(t) = t - z3 + lam*w1(t)*w2(t) = 0. An interior
+    minimum has w2 >= lam*t*w1, and there g' is convex, so on [0, min(z3, t_c)] with t_c in closed
+    form Newton from the right end falls monotonically onto the only minimum there can be. *Dense*:
+    with the pair sums S = w1 + w2 and q = w3 + w4 the differences are (z1 - z2)/(1 - lam*q) and (z3
+    - z4)/(1
+    - lam*S), which leaves a function of (S, q) whose Hessian is positive where sqrt(A*B) > lam*(S +
+    q) with A and B concave: a convex set, so again there is at most one interior minimum.
 
-    What is tested. That the 2-D Newton iteration (kept inside that convex set by falling half way back)
-    arrives within its fixed number of steps: against multi-start coordinate descent in float64, on
-    10^6 random groups and on adversarial families, the objective is never above the best found by more
-    than 1e-9 relative. A last sweep of exact coordinate steps cannot raise the objective and makes
-    lam = 0 the identity.
+    What is tested. That the 2-D Newton iteration (kept inside that convex set by falling half way
+    back) arrives within its fixed number of steps: against multi-start coordinate descent in
+    float64, on 10^6 random groups and on adversarial families, the objective is never above the
+    best found by more than 1e-9 relative. A last sweep of exact coordinate steps cannot raise the
+    objective and makes lam = 0 the identity.
 
     Args:
         z: [..., K], floating, K a multiple of 4.
-        lam: regularisation strength >= 0, in units of 1/|z|; a float or a 0-d tensor. Only the product
-            lam*z decides which entries survive.
+        lam: regularisation strength >= 0, in units of 1/|z|; a float or a 0-d tensor. Only the
+            product lam*z decides which entries survive.
 
     Returns:
         A new tensor like z. A group holding NaN becomes NaN.
@@ -82,15 +84,16 @@ def prox_2to4(z: Tensor, lam: float | Tensor) -> Tensor:
     g = _groups(z)
     lam = torch.as_tensor(lam, dtype=g.dtype, device=g.device)
     mag, order = g.abs().sort(dim=-1, descending=True, stable=True)
-    sorted_w = _prox_sorted(*mag.unbind(-1), lam, _NEWTON_STEPS[g.dtype])
+    sorted_w = _prox_sorted(mag, lam, _NEWTON_STEPS[g.dtype])
     w = torch.empty_like(g).scatter_(-1, order, sorted_w)
     w = torch.where(w == 0, 0.0, w.copysign(g))
     w = torch.where(g.isnan().any(-1, keepdim=True), torch.nan, w)
     return w.reshape(z.shape).to(z.dtype)
 
 
-def _prox_sorted(z1: Tensor, z2: Tensor, z3: Tensor, z4: Tensor, lam: Tensor, steps: int) -> Tensor:
-    """The prox of sorted non-negative entries [...]; returns [..., 4]."""
+def _prox_sorted(z: Tensor, lam: Tensor, steps: int) -> Tensor:
+    """The prox of groups [..., 4] whose entries are non-negative and descending; like z."""
+    z1, z2, z3, z4 = z.unbind(-1)
     zero = torch.zeros_like(z1)
     a, b = z1 + z2, z1 - z2
 
@@ -135,7 +138,6 @@ def _prox_sorted(z1: Tensor, z2: Tensor, z3: Tensor, z4: Tensor, lam: Tensor, st
     start = ((s + delta) / 2, (s - delta) / 2, (q + d) / 2, (q - d) / 2)
     x4 = _sweep(start, (z1, z2, z3, z4), lam)
 
-    z = torch.stack((z1, z2, z3, z4), -1)
     x2 = torch.stack((z1, z2, zero, zero), -1)
     o2, o3, o4 = (_objective(x, z, lam) for x in (x2, x3, x4))
     # Where Newton found no dense point, the sweep may have broken the order among ties.
@@ -175,7 +177,7 @@ def mask_2to4(score: Tensor) -> Tensor:
 
 
 def project_2to4(w: Tensor, score: Tensor | None = None) -> Tensor:
-    """w with all but the two best entries of each group set to exact +0.0.
+    """The tensor w with all but the two best entries of each group set to exact +0.0.
 
     Args:
         w: [..., K], floating.
@@ -199,9 +201,9 @@ def mask_to_codes(mask: Tensor) -> Tensor:
         mask: bool [..., K] with exactly two True in each group of four.
 
     Returns:
-        uint8 [..., ceil(K/8)]. A group's code is i | j << 2 for its kept positions i < j (the metadata
-        order of sparse tensor cores); group 2b is the low nibble of byte b. A row with an odd number
-        of groups ends in a zero nibble.
+        uint8 [..., ceil(K/8)]. A group's code is i | j << 2 for its kept positions i < j (the
+        metadata order of sparse tensor cores); group 2b is the low nibble of byte b. A row with an
+        odd number of groups ends in a zero nibble.
     """
     g = mask.reshape(*mask.shape[:-1], mask.shape[-1] // 4, 4).to(torch.uint8)
     position = torch.arange(4, dtype=torch.uint8, device=mask.device)
@@ -228,8 +230,8 @@ def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         values: [..., K/2] of w's dtype, in order of position.
-        codes: uint8 [..., ceil(K/8)]; see `mask_to_codes`. A group with fewer than two non-zeros keeps
-            zeros at the lowest free positions.
+        codes: uint8 [..., ceil(K/8)]; see `mask_to_codes`. A group with fewer than two non-zeros
+            keeps zeros at the lowest free positions.
     """
     mask = mask_2to4(w)
     values = w.reshape(-1)[mask.reshape(-1)].reshape(*w.shape[:-1], w.shape[-1] // 2)
@@ -237,7 +239,7 @@ def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
-    """The dense tensor [..., K] behind `pack_2to4`'s values [..., K/2] and codes [..., ceil(K/8)]."""
+    """The dense [..., K] behind `pack_2to4`'s values [..., K/2] and codes [..., ceil(K/8)]."""
     mask = codes_to_mask(codes, 2 * values.shape[-1])
     return torch.zeros_like(mask, dtype=values.dtype).masked_scatter_(mask, values)
 
@@ -333,8 +335,8 @@ def gate_prior(w0: Tensor, act_norm: Tensor) -> Tensor:
 
     Args:
         w0: [..., N, K] frozen weight.
-        act_norm: [..., K] norm of each input feature over the calibration tokens; any unit, since the
-            scale of a group cancels.
+        act_norm: [..., K] norm of each input feature over the calibration tokens; any unit, since
+            the scale of a group cancels.
 
     Returns:
         A = max(a / rms_group(a), 1e-3) with a = |w0| * act_norm; [..., N, K] in the compute dtype.
@@ -390,9 +392,9 @@ def gate_update_(
         beta2: decay of the second moment.
         eps: Adam's eps.
         out: like w0; receives the weight for the next forward pass when given.
-        hard: what out receives: False the gated weight, True the weight under the mask that the gates
-            stand for now, so that the forward pass sees what will be kept and the gradient, taken as if
-            it were w0*s, decides what should be (straight-through).
+        hard: what out receives: False the gated weight, True the weight under the mask that the
+            gates stand for now, so that the forward pass sees what will be kept and the gradient,
+            taken as if it were w0*s, decides what should be (straight-through).
 
     Cost: memory-bound when fused; reads grad, w0, s, m, v, writes s, m, v (and out).
     """

@@ -79,9 +79,7 @@ def test_lm_head_comes_last(tiny_model: Any) -> None:
     model = tiny_model("llama")
     targets = find_targets(model, TargetConfig(targets=("lm_head", "q_proj")))
     order: list[str] = []
-    prune_block_by_block(
-        model, targets, tokens(), InputNorm, lambda t, seen: order.append(t.name)
-    )
+    prune_block_by_block(model, targets, tokens(), InputNorm, lambda t, seen: order.append(t.name))
     assert order[-1] == "lm_head" and len(order) == 3
 
 

@@ -198,7 +198,14 @@ def test_sign_and_order_are_those_of_z(place: dict[str, Any], lam: float) -> Non
 def test_two_sparse_groups_are_fixed_points(place: dict[str, Any], lam: float) -> None:
     z = project_2to4(torch.randn(500, 8).to(**place))
     z[:2] = 0
+    z[:, ::4] *= torch.rand(500, 2, device=z.device) > 0.5  # many with one entry, or none
     assert torch.equal(prox_2to4(z, lam), z)
+
+
+def test_one_entry_near_the_transition_is_a_fixed_point(place: dict[str, Any]) -> None:
+    z = torch.zeros(1200, 4).to(**place)
+    z[:, 2] = torch.linspace(0.3, 1.5, 1200)  # of lam: a dense minimum ends at w1 + w2 = 1
+    assert torch.equal(prox_2to4(z, 1.0), z)
 
 
 def test_ties_keep_the_lower_index(place: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def test_apply_is_bit_identical(pruned: Any, tmp_path: Path) -> None:
 def test_apply_refuses_another_base(pruned: Any, tmp_path: Path) -> None:
     output, _ = pruned
     mask = output / "masks.safetensors"
-    with pytest.raises(ProxsparseError, match="was made for .* with weights .* --force"):
+    with pytest.raises(ProxsparseError, match=r"was made for .* with weights .* --force"):
         apply(output, mask, tmp_path / "a")
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
     apply(output, mask, tmp_path / "a", force=True)
@@ -135,7 +135,7 @@ def test_magnitude_needs_no_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["gates", "proxsparse"])
 def test_killed_run_resumes_to_the_same_masks(tmp_path: Path, text: Path, method: str) -> None:
-    """SIGKILL between checkpoints; the resumed run must end bitwise where an undisturbed one does."""
+    """SIGKILL between checkpoints; resumed, it must end bitwise where an undisturbed run does."""
     settings = {**FAST, "steps": 16}
     undisturbed = proxsparse.prune(
         DEMO, tmp_path / "whole", calibration=text, method=method, **settings
@@ -155,7 +155,7 @@ def test_killed_run_resumes_to_the_same_masks(tmp_path: Path, text: Path, method
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not output.exists()
-    with pytest.raises(ProxsparseError, match="unfinished run lies in .*--resume"):
+    with pytest.raises(ProxsparseError, match=r"unfinished run lies in .*--resume"):
         proxsparse.prune(DEMO, output, calibration=text, method=method, **settings)
     with pytest.raises(ProxsparseError, match="another model, text or settings"):
         proxsparse.prune(
@@ -247,6 +247,6 @@ def test_full_disk_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypatc
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
-    with pytest.raises(ProxsparseError, match="could not be written.*No space left"):
+    with pytest.raises(ProxsparseError, match=r"could not be written.*No space left"):
         proxsparse.prune(DEMO, tmp_path / "out", method="magnitude")
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 # Capabilities of the A100, the H100/H200 and the B200.
 TARGETS = (80, 90, 100)
-INTEGERS = ("n", "K", "num_bytes")
+INTEGERS = ("n", "K", "num_bytes")  # multiples of 16 here
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 UPDATE = {"STEPS": 2, "VECTOR": 8, "BLOCK": 1024}
 MIXED = {"STEPS": 3, "VECTOR": 4, "BLOCK": 1024}
@@ -44,6 +44,7 @@ def variant(
 
 
 ADAMW = {"w0_ptr": None, "master_ptr": None, "seed": None}
+GATE = {"ROW_SPANS_TILE": True, "scales_ptr": None}
 VARIANTS = (
     variant("prox_2to4", "z:bf16 w:bf16", UPDATE, (1, 1)),
     variant("prox_2to4", "z:fp32 w:fp32", MIXED, (2, 2)),
@@ -60,14 +61,14 @@ VARIANTS = (
     variant(
         "gate_update",
         "s:bf16 grad:bf16 w0:bf16 m:bf16 v:bf16 norm:fp32 out:bf16",
-        UPDATE | {"ROW_SPANS_TILE": True},
+        UPDATE | GATE | {"HARD": False},
         (7, 4),
         device_scalars=True,
     ),
     variant(
         "gate_update",
         "s:fp32 grad:bf16 w0:bf16 m:fp32 v:fp32 norm:fp32",
-        MIXED | {"ROW_SPANS_TILE": True, "out_ptr": None},
+        MIXED | GATE | {"HARD": False, "out_ptr": None},
         (8, 6),
     ),
     variant("project_2to4", "w:i16 out:i16", EXACT | {"score_ptr": None}, (1, 1)),
@@ -95,6 +96,8 @@ def compile_kernel(
         elif name in pointers or name in INTEGERS:
             signature[name] = pointers.get(name, "i32")
             aligned[(index,)] = [["tt.divisibility", 16]]
+        elif name == "seed":
+            signature[name] = "i64"
         else:
             on_device = device_scalars and name in ("step", "lr", "lam", "grad_scale")
             signature[name] = "*fp32" if on_device else "fp32"

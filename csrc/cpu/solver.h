@@ -216,7 +216,7 @@ class Prox {
       const float second = (a - 0.5f * q * q) / (1.0f + q);
       float s = second < bound ? second : bound;
       float margin = 1.0f, change = 0.0f;
-#pragma GCC unroll 4
+#pragma GCC unroll 3
       for (int step = 0; step < kDenseSteps; ++step) {
         const float one_s = 1.0f - s, one_q = 1.0f - q;
         const float inverse = 1.0f / (one_s * one_q);

@@ -1,14 +1,14 @@
 """Gates, the default: the proximal idea without units.
 
-The weights stay frozen. Each gets a gate s in [0, 1], and the gates are driven to 2:4 by the proximal
-operator in the metric A of Wanda's importance, scaled to RMS 1 within each group of four. A group then
-has the same scale in every layer of every model, so one lam serves all of them. Its strength grows
-linearly from 0: the loss decides first, the constraint later.
+The weights stay frozen. Each gets a gate s in [0, 1], and the gates are driven to 2:4 by the
+proximal operator in the metric A of Wanda's importance, scaled to RMS 1 within each group of four.
+A group then has the same scale in every layer of every model, so one lam serves all of them. Its
+strength grows linearly from 0: the loss decides first, the constraint later.
 
 From the first step on the model computes with the mask that the gates stand for, the top two A*s of
-each group, while the gradient is taken as if it were W0*s (a straight-through estimate, which reaches
-pruned weights too and lets them return). So nothing changes when the mask is made final; computing with
-W0*s instead leaves a tenth more of the loss, see benchmarks/results/NOTES.md.
+each group, while the gradient is taken as if it were W0*s (a straight-through estimate, which
+reaches pruned weights too and lets them return). So nothing changes when the mask is made final;
+computing with W0*s instead leaves a tenth more of the loss, see benchmarks/results/NOTES.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Magnitude: keep the two largest weights of each group. Needs no data; the floor of every table."""
+"""Magnitude: keep the two largest weights of each group. Needs no data; a table's floor."""
 
 from __future__ import annotations
 

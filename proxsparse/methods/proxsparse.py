@@ -1,13 +1,14 @@
 """ProxSparse, as published: AdamW on the weights, and the proximal operator of R after each step.
 
 The paper's solver EnumALM finds the proximal point by coordinate descent; ours is exact, see
-`reference.prox_2to4`. What is learned is thrown away but for the mask: kept weights are the originals.
+`reference.prox_2to4`. What is learned is thrown away but for the mask: kept weights are the
+originals.
 
-The right lam depends on the scale of a model's weights, which is why the published settings differ by
-125 times between models; they ship as presets. `gates` has no such unit.
+The right lam depends on the scale of a model's weights, which is why the published settings differ
+by 125 times between models; they ship as presets. `gates` has no such unit.
 
-Source: Liu et al., "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained
-LLMs", ICML 2025, arXiv:2502.00258, algorithm 1.
+Source: Liu et al., "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for
+Pretrained LLMs", ICML 2025, arXiv:2502.00258, algorithm 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SparseGPT: prune column by column and let the columns that follow make up for the error.
 
-The layer-by-layer baseline that changes the weights it keeps. With `mask_only` the masks it finds are
-put on the original weights instead.
+The layer-by-layer baseline that changes the weights it keeps. With `mask_only` the masks it finds
+are put on the original weights instead.
 
 Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
 One-Shot", ICML 2023, arXiv:2301.00774, algorithm 1.
@@ -88,9 +88,10 @@ def _inverse_cholesky(gram: Tensor, name: str) -> Tensor:
     """
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        return torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError as error:
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError as error:
         raise ProxsparseError(
-            f"SparseGPT cannot invert the Hessian of {name} ({error}): give more calibration samples "
-            "or a larger --dampening"
+            f"SparseGPT cannot invert the Hessian of {name} ({error}): give more calibration "
+            "samples or a larger --dampening"
         ) from error
+    return factor
