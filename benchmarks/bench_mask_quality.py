@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", type=int, default=1, help="seeds for the learned methods")
     parser.add_argument("--steps", type=int, default=400, help="steps of the learned methods")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<gpu>")
     args = parser.parse_args()
 

@@ -109,7 +109,8 @@ def prox_group(a, b, c, d, lam, SIGNED: tl.constexpr, STEPS: tl.constexpr):
     On the box 0 <= w <= |z|, where the minimiser is, the row sums of R's Hessian are at most twice
     the sum of |z|. While lam times that stays below 1 in the whole tile the problem is convex
     there: coordinate descent finds the one minimum, in any order of the entries. Otherwise the
-    candidates are compared, which needs the entries sorted.
+    candidates are compared, which needs the entries sorted. As a tile takes one of the two ways, a
+    group's last bits can depend on the other groups of its tile.
 
     With SIGNED false the entries are known to be non-negative. STEPS, 2 or 3, is the number of
     iterations for each candidate: three meet fp32 rounding; two leave the objective within 3e-5 of
@@ -199,12 +200,11 @@ def _prox_sorted(z1, z2, z3, z4, lam, STEPS: tl.constexpr):
     """
     # lam = 0 must leave z as it is: the floor keeps 1/lam finite, and the sweep uses lam itself.
     unit = tl.maximum(lam, 1e-30)
-    total, gap = (z1 + z2) * unit, (z1 - z2) * unit
-    low_total, low_gap = (z3 + z4) * unit, (z3 - z4) * unit
-    x3 = z3 * unit
+    x1, x2, x3, x4 = z1 * unit, z2 * unit, z3 * unit, z4 * unit
+    total, gap, low_total, low_gap = x1 + x2, x1 - x2, x3 + x4, x3 - x4
 
     # g and its derivatives, all times four: g4 = 4*g, half_slope = 2*g', curve = 2*g''/3.
-    t = tl.minimum(tl.minimum(x3, 0.35 * unit * z2), 0.25)
+    t = tl.minimum(tl.minimum(x3, 0.35 * x2), 0.25)
     for step in tl.static_range(STEPS):
         r = reciprocal(1.0 - t * t)
         plus, minus = r - t * r, r + t * r
@@ -252,10 +252,10 @@ def _prox_sorted(z1, z2, z3, z4, lam, STEPS: tl.constexpr):
     # Four times the objective, from terms of one sign each: nothing cancels.
     off_s, off_q, off_delta, off_d = s - total, q - low_total, q * delta, s * d
     objective = off_s * off_s + off_q * off_q + off_delta * off_delta + off_d * off_d
-    objective += (s - delta) * (s + delta) * q + (q - d) * (q + d) * s
+    y, v = s - tl.abs(delta), q - tl.abs(d)
+    objective += y * (s + tl.abs(delta)) * q + v * (q + tl.abs(d)) * s
     gain4 = 0.25 * (low_total * low_total + low_gap * low_gap - objective)
-    feasible = (tl.minimum(s - delta, q - d) >= 0.0) & (tl.maximum(s, q) < 1.0)
-    wins = feasible & (gain4 >= gain3)
+    wins = (gain4 >= gain3) & (tl.minimum(y, v) >= 0.0)
     s, delta = tl.where(wins, s, s3), tl.where(wins, delta, delta3)
     q, d = tl.where(wins, q, t), tl.where(wins, d, t)
 
