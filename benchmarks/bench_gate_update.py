@@ -2,9 +2,9 @@
 
     python benchmarks/bench_gate_update.py [--log2-size 24] [--quick] [--out DIR]
 
-The baseline of every row is `torch.optim.AdamW(fused=True)` on tensors of the same size, which reads
-one tensor less and has neither prior nor prox. Priors have RMS 1 in each group, so the scale sigma is
-1 by construction. The eager reference is timed once per case, since it is slow.
+The baseline of every row is `torch.optim.AdamW(fused=True)` on tensors of the same size, which
+reads one tensor less and has neither prior nor prox. Priors have RMS 1 in each group, so the scale
+sigma is 1 by construction. The eager reference is timed once per case, since it is slow.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def main() -> None:
         "pct_of_limit_min": 100 * min(row.bandwidth for row in fused) / bandwidth,
     }
     settings = {key: str(value) for key, value in vars(args).items() if key != "out"}
-    title = f"gate_update_, 2^{int(math.log2(s.numel()))} parameters, {args.dtype}, {args.states} states"
+    size = f"2^{int(math.log2(s.numel()))} parameters"
+    title = f"gate_update_, {size}, {args.dtype}, {args.states} states"
     write_results("gate_update", title, rows, bandwidth, summary, settings, args.out)
 
 

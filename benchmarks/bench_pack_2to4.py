@@ -2,8 +2,8 @@
 
     python benchmarks/bench_pack_2to4.py [--shapes 4096x4096 ...] [--quick] [--out DIR]
 
-The registered op is timed: `ops.pack_2to4` first asks whether the weight is 2:4, which reads it once
-more and waits for the answer.
+The registered op is timed: `ops.pack_2to4` first asks whether the weight is 2:4, which reads it
+once more and waits for the answer.
 """
 
 from __future__ import annotations

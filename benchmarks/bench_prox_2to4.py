@@ -46,7 +46,7 @@ def check(z: Tensor, lam: float) -> None:
 
     def objective(w: Tensor) -> Tensor:
         groups = (w.double() - exact).square().reshape(-1, 4).sum(-1) / 2
-        return groups + lam * reference.regularizer_2to4(w.double())[..., 0].reshape(-1)
+        return groups + lam * reference.regularizer_2to4(w.double()).reshape(-1)
 
     limit = objective(reference.prox_2to4(exact, lam).to(z.dtype))
     rounding = torch.finfo(z.dtype).eps * exact.square().reshape(-1, 4).sum(-1)

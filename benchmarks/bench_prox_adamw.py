@@ -2,8 +2,8 @@
 
     python benchmarks/bench_prox_adamw.py [--log2-size 24] [--quick] [--out DIR]
 
-The baseline of every row is `torch.optim.AdamW(fused=True)` on the same tensors, which does less: it
-has no prox. The eager reference is timed once per case, since it is slow.
+The baseline of every row is `torch.optim.AdamW(fused=True)` on the same tensors, which does less:
+it has no prox. The eager reference is timed once per case, since it is slow.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS = {"step": 10.0, "lr": 1e-4, "weight_decay": 0.01}
 def make_tensors(
     size: int, dtype: torch.dtype, states: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """p of sigma 1, its gradient, and moments that fit."""
+    """Parameters of sigma 1, a gradient, and moments that fit."""
     shape = (size // IN_FEATURES, IN_FEATURES)
     grad = 1e-3 * torch.randn(shape, device=device)
     moments = [grad * 0.1 + 1e-4 * torch.randn_like(grad), 1e-6 * torch.rand_like(grad)]

@@ -154,6 +154,21 @@ def test_never_above_brute_force_on_adversarial_groups(name: str, size: int) -> 
     check_optimal(family(name, size), lam=1.0)
 
 
+@pytest.mark.parametrize(
+    ("group", "lam"),
+    [
+        ([1.5087445974, 0.8729918003, -0.8619441986, 0.8821051717], 0.5),
+        ([0.2075455934, 0.2132893999, 0.2056997269, 0.2053102404], 3.8311868),
+    ],
+)
+def test_groups_on_which_a_worse_start_of_newton_cycles(group: list[float], lam: float) -> None:
+    z = torch.tensor([group], dtype=torch.float64)
+    check_optimal(z, lam)
+    low = reference.prox_2to4(z.float(), lam)
+    expected = objective(reference.prox_2to4(z, lam), z, lam)
+    assert objective(low, z, lam) <= expected * (1 + 1e-6)
+
+
 def test_fast_backends_reach_the_objective_of_the_reference(place: dict[str, Any]) -> None:
     """Within the rounding of the result's dtype, which costs its square: a minimum is flat."""
     dtype = place["dtype"]

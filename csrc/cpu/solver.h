@@ -238,8 +238,9 @@ class Prox {
       }
       const float inverse = 1.0f / ((1.0f - s) * (1.0f - q));
       const float gap12 = b * inverse * (1.0f - s), gap34 = e * inverse * (1.0f - q);
-      y[0][i] = 0.5f * (s + gap12), y[1][i] = 0.5f * (s - gap12);
-      y[2][i] = 0.5f * (q + gap34), y[3][i] = 0.5f * (q - gap34);
+      // Rounding must not leave a negative entry: its product would be added to the others.
+      y[0][i] = positive(0.5f * (s + gap12)), y[1][i] = positive(0.5f * (s - gap12));
+      y[2][i] = positive(0.5f * (q + gap34)), y[3][i] = positive(0.5f * (q - gap34));
       const std::int32_t arrived = change <= kArrived * s ? needed[i] : 0;
       needed[i] = margin > 0.0f ? arrived : 0;
     }
@@ -274,7 +275,8 @@ class Prox {
                                 const Flags& dense, Lanes (&z)[4]) const {
     PROXSPARSE_SIMD
     for (int i = 0; i < kLanes; ++i) {
-      float x1 = x[0][i], x2 = x[1][i], x3 = x[2][i];
+      // Rounding may leave these below 0, and a negative cut would bring zeros to life.
+      float x1 = x[0][i], x2 = positive(x[1][i]), x3 = positive(x[2][i]);
       const float cut4 = x1 * x2 + x3 * (x1 + x2);
       const float x4 = dense[i] ? positive(u[3][i] - cut4) : 0.0f;
       const float cut3 = x1 * x2 + x4 * (x1 + x2);
