@@ -1,6 +1,6 @@
 """The fused gate update against the eager reference and against AdamW alone.
 
-    python benchmarks/bench_gate_update.py [--log2-size 24] [--quick] [--out DIR]
+    python benchmarks/bench_gate_update.py [--log2-size 24] [--dtype bfloat16] [--quick] [--out DIR]
 
 The baseline of every row is `torch.optim.AdamW(fused=True)` on tensors of the same size, which
 reads one tensor less and has neither prior nor prox. Priors have RMS 1 in each group, so the scale
@@ -10,7 +10,6 @@ sigma is 1 by construction. The eager reference is timed once per case, since it
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -30,6 +29,12 @@ from proxsparse import ops, reference
 IN_FEATURES = 4096
 LAMBDAS = (0.005, 0.05, 0.5)  # times sigma, which is 1 here
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FAST = {"cpu": "cpu", "cuda": "triton"}
+# Of weight and gradient, and of the states, on each device.
+MEASURED = {
+    "cpu": [("float32", "float32")],
+    "cuda": [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")],
+}
 SETTINGS = {"step": 10.0, "lr": 0.05}
 
 
@@ -70,26 +75,12 @@ def objective(w: Tensor, z: Tensor, lam: float) -> Tensor:
     return distance + lam * reference.regularizer_2to4(w).reshape(-1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--log2-size", type=int, default=24, help="parameters, as a power of two")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weight and gradient")
-    parser.add_argument("--states", choices=DTYPES, default="float32", help="of the moments")
-    parser.add_argument("--quick", action="store_true", help="2^20 parameters, 3 rounds")
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    args = parser.parse_args()
-    if args.quick:
-        args.log2_size, args.rounds = 20, 3
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = pick_device()
-    fast = {"cpu": "cpu", "cuda": "triton"}[device.type]
-    torch.manual_seed(0)
-    check(fast, device)
-    dtype, states = DTYPES[args.dtype], DTYPES[args.states]
-    tensors = make_tensors(2**args.log2_size, dtype, states, device)
+def time_dtypes(
+    dtype: str, states: str, size: int, device: torch.device, rounds: int, bandwidth: float
+) -> list[Row]:
+    """Three rows for each lam: AdamW alone, the fused update, its eager reference."""
+    fast = FAST[device.type]
+    tensors = make_tensors(size, DTYPES[dtype], DTYPES[states], device)
     s, w0 = tensors[0], tensors[2]
     start = s.clone()
     parameter = torch.nn.Parameter(w0.clone())
@@ -97,7 +88,7 @@ def main() -> None:
     adamw = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
 
     num_bytes = s.numel() * (2 * w0.itemsize + 6 * s.itemsize)
-    bandwidth = copy_bandwidth(num_bytes // 2, device)
+    print(f"{dtype}, {states} states")
     print_roofline(num_bytes, bandwidth)
     adamw_bytes = s.numel() * 7 * w0.itemsize  # its moments have the dtype of the weight
     rows: list[Row] = []
@@ -107,9 +98,9 @@ def main() -> None:
             with ops.use_backend(backend):
                 ops.gate_update_(*tensors, **SETTINGS, lam=lam)
 
-        case = f"lam {lam}"
+        case = f"{dtype}, {states} states, lam {lam}"
         base_seconds, seconds = time_interleaved(
-            [adamw.step, lambda: update(fast)], lambda: s.copy_(start), device, args.rounds
+            [adamw.step, lambda: update(fast)], lambda: s.copy_(start), device, rounds
         )
         base = Row(case, "AdamW alone, fused", base_seconds, adamw_bytes)
         s.copy_(start)
@@ -119,7 +110,34 @@ def main() -> None:
             Row(case, f"gate update, {fast}", seconds, num_bytes, base),
             Row(case, "gate update, eager reference", eager, num_bytes, base),
         ]
-    fused = [row for row in rows if row.backend.endswith(fast)]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--log2-size", type=int, help="parameters; default 28 on a GPU, else 24")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weight and gradient (default: several)")
+    parser.add_argument("--states", choices=DTYPES, help="of the gates and moments; needs --dtype")
+    parser.add_argument("--quick", action="store_true", help="2^20 parameters, 3 rounds")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    args = parser.parse_args()
+    device = pick_device()
+    args.log2_size = args.log2_size or (28 if device.type == "cuda" else 24)
+    if args.quick:
+        args.log2_size, args.rounds = 20, 3
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtypes = [(args.dtype, args.states or args.dtype)] if args.dtype else MEASURED[device.type]
+    torch.manual_seed(0)
+    check(FAST[device.type], device)
+    size = 2**args.log2_size
+    bandwidth = copy_bandwidth(max(8 * size, 2**26), device)
+    rows: list[Row] = []
+    for dtype, states in dtypes:
+        rows += time_dtypes(dtype, states, size, device, args.rounds, bandwidth)
+    fused = rows[1::3]
     summary = {
         "vs_fused_adamw_min": min(row.speedup for row in fused),
         "vs_eager_reference_min": min(
@@ -128,8 +146,7 @@ def main() -> None:
         "pct_of_limit_min": 100 * min(row.bandwidth for row in fused) / bandwidth,
     }
     settings = {key: str(value) for key, value in vars(args).items() if key != "out"}
-    size = f"2^{int(math.log2(s.numel()))} parameters"
-    title = f"gate_update_, {size}, {args.dtype}, {args.states} states"
+    title = f"gate_update_, 2^{args.log2_size} parameters"
     write_results("gate_update", title, rows, bandwidth, summary, settings, args.out)
 
 

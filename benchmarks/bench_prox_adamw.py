@@ -1,6 +1,6 @@
 """The fused AdamW + 2:4 prox against the eager reference and against AdamW alone.
 
-    python benchmarks/bench_prox_adamw.py [--log2-size 24] [--quick] [--out DIR]
+    python benchmarks/bench_prox_adamw.py [--log2-size 24] [--dtype bfloat16] [--quick] [--out DIR]
 
 The baseline of every row is `torch.optim.AdamW(fused=True)` on the same tensors, which does less:
 it has no prox. The eager reference is timed once per case, since it is slow.
@@ -9,7 +9,6 @@ it has no prox. The eager reference is timed once per case, since it is slow.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -29,6 +28,12 @@ from proxsparse import ops, reference
 IN_FEATURES = 4096
 LAMBDAS = (0.005, 0.05, 0.5)  # times sigma, which is 1 here
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FAST = {"cpu": "cpu", "cuda": "triton"}
+# Of weight and gradient, and of the states, on each device.
+MEASURED = {
+    "cpu": [("float32", "float32")],
+    "cuda": [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")],
+}
 SETTINGS = {"step": 10.0, "lr": 1e-4, "weight_decay": 0.01}
 
 
@@ -66,33 +71,19 @@ def objective(w: Tensor, z: Tensor, lam: float) -> Tensor:
     return distance + lam * reference.regularizer_2to4(w).reshape(-1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--log2-size", type=int, default=24, help="parameters, as a power of two")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weight and gradient")
-    parser.add_argument("--states", choices=DTYPES, default="float32", help="of the moments")
-    parser.add_argument("--quick", action="store_true", help="2^20 parameters, 3 rounds")
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    args = parser.parse_args()
-    if args.quick:
-        args.log2_size, args.rounds = 20, 3
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = pick_device()
-    fast = {"cpu": "cpu", "cuda": "triton"}[device.type]
-    torch.manual_seed(0)
-    check(fast, device)
-    dtype, states = DTYPES[args.dtype], DTYPES[args.states]
-    p, grad, m, v = make_tensors(2**args.log2_size, dtype, states, device)
+def time_dtypes(
+    dtype: str, states: str, size: int, device: torch.device, rounds: int, bandwidth: float
+) -> list[Row]:
+    """Three rows for each lam: AdamW alone, the fused update, its eager reference."""
+    fast = FAST[device.type]
+    p, grad, m, v = make_tensors(size, DTYPES[dtype], DTYPES[states], device)
     start = p.clone()
     parameter = torch.nn.Parameter(p.clone())
     parameter.grad = grad
     adamw = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
 
     num_bytes = p.numel() * (3 * p.itemsize + 4 * m.itemsize)
-    bandwidth = copy_bandwidth(num_bytes // 2, device)
+    print(f"{dtype}, {states} states")
     print_roofline(num_bytes, bandwidth)
     adamw_bytes = p.numel() * 7 * p.itemsize  # its moments have the dtype of the weight
     rows: list[Row] = []
@@ -102,9 +93,9 @@ def main() -> None:
             with ops.use_backend(backend):
                 ops.prox_adamw_(p, grad, m, v, **SETTINGS, lam=lam)
 
-        case = f"lam*sigma {lam}"
+        case = f"{dtype}, {states} states, lam*sigma {lam}"
         base_seconds, seconds = time_interleaved(
-            [adamw.step, lambda: update(fast)], lambda: p.copy_(start), device, args.rounds
+            [adamw.step, lambda: update(fast)], lambda: p.copy_(start), device, rounds
         )
         base = Row(case, "AdamW alone, fused", base_seconds, adamw_bytes)
         p.copy_(start)
@@ -114,7 +105,34 @@ def main() -> None:
             Row(case, f"AdamW + prox, {fast}", seconds, num_bytes, base),
             Row(case, "AdamW + prox, eager reference", eager, num_bytes, base),
         ]
-    fused = [row for row in rows if row.backend.endswith(fast)]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--log2-size", type=int, help="parameters; default 28 on a GPU, else 24")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weight and gradient (default: several)")
+    parser.add_argument("--states", choices=DTYPES, help="of the moments; needs --dtype")
+    parser.add_argument("--quick", action="store_true", help="2^20 parameters, 3 rounds")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    args = parser.parse_args()
+    device = pick_device()
+    args.log2_size = args.log2_size or (28 if device.type == "cuda" else 24)
+    if args.quick:
+        args.log2_size, args.rounds = 20, 3
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtypes = [(args.dtype, args.states or args.dtype)] if args.dtype else MEASURED[device.type]
+    torch.manual_seed(0)
+    check(FAST[device.type], device)
+    size = 2**args.log2_size
+    bandwidth = copy_bandwidth(max(8 * size, 2**26), device)
+    rows: list[Row] = []
+    for dtype, states in dtypes:
+        rows += time_dtypes(dtype, states, size, device, args.rounds, bandwidth)
+    fused = rows[1::3]
     summary = {
         "vs_fused_adamw_min": min(row.speedup for row in fused),
         "vs_eager_reference_min": min(
@@ -123,9 +141,7 @@ def main() -> None:
         "pct_of_limit_min": 100 * min(row.bandwidth for row in fused) / bandwidth,
     }
     settings = {key: str(value) for key, value in vars(args).items() if key != "out"}
-    title = (
-        f"prox_adamw_, 2^{int(math.log2(p.numel()))} parameters, {args.dtype}, {args.states} states"
-    )
+    title = f"prox_adamw_, 2^{args.log2_size} parameters"
     write_results("prox_adamw", title, rows, bandwidth, summary, settings, args.out)
 
 

@@ -16,9 +16,13 @@ struct Call {
   bool hard;
 };
 
-// The norms [E, K] of elements [at, at + n) of gates [E, N, K], row by row.
-PROXSPARSE_INLINE void gather_norms(const Call& call, std::int64_t at, int n, float* norms) {
+// The norms [E, K] of elements [at, at + n) of gates [E, N, K]: where they lie if a row holds all
+// of them, else collected row by row.
+PROXSPARSE_INLINE const float* read_norms(const Call& call, std::int64_t at, int n, float* norms) {
   std::int64_t row = at / call.in_features, column = at % call.in_features;
+  if (column + n <= call.in_features) {
+    return call.act_norm.read(row / call.out_features * call.in_features + column, n, norms);
+  }
   alignas(64) float buffer[kTile];
   for (int i = 0; i < n;) {
     const std::int64_t left = call.in_features - column;
@@ -29,37 +33,55 @@ PROXSPARSE_INLINE void gather_norms(const Call& call, std::int64_t at, int n, fl
     ++row;
     column = 0;
   }
+  for (int i = n; i < kTile; ++i) norms[i] = 0.0f;
+  return norms;
 }
 
 // NaN passes through.
 PROXSPARSE_INLINE float clip(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
 
-// |w0| * norm, scaled to RMS 1 in each group and floored; see reference.gate_prior.
-PROXSPARSE_INLINE void gate_prior(const float* w0, const float* norms, float* prior) {
+PROXSPARSE_INLINE float floored(float prior) { return prior > kPriorFloor ? prior : kPriorFloor; }
+
+// |w0| * norm, scaled to RMS 1 in each group and floored (reference.gate_prior), and its product
+// with the gates: z, the point whose prox is taken.
+PROXSPARSE_INLINE void gate_prior(const float* w0, const float* norms, const float* gate,
+                                  Lanes (&prior)[4], Lanes (&z)[4]) {
   PROXSPARSE_SIMD
-  for (int i = 0; i < kTile; i += 4) {
-    const float a = std::fabs(w0[i]) * norms[i], b = std::fabs(w0[i + 1]) * norms[i + 1];
-    const float c = std::fabs(w0[i + 2]) * norms[i + 2], d = std::fabs(w0[i + 3]) * norms[i + 3];
+  for (int i = 0; i < kLanes; ++i) {
+    const float a = std::fabs(w0[4 * i]) * norms[4 * i];
+    const float b = std::fabs(w0[4 * i + 1]) * norms[4 * i + 1];
+    const float c = std::fabs(w0[4 * i + 2]) * norms[4 * i + 2];
+    const float d = std::fabs(w0[4 * i + 3]) * norms[4 * i + 3];
     const float rms = std::sqrt(0.25f * (a * a + b * b + c * c + d * d));
     const float scale = rms > 0.0f ? 1.0f / rms : 0.0f;
-    prior[i] = a * scale > kPriorFloor ? a * scale : kPriorFloor;
-    prior[i + 1] = b * scale > kPriorFloor ? b * scale : kPriorFloor;
-    prior[i + 2] = c * scale > kPriorFloor ? c * scale : kPriorFloor;
-    prior[i + 3] = d * scale > kPriorFloor ? d * scale : kPriorFloor;
+    prior[0][i] = floored(a * scale), prior[1][i] = floored(b * scale);
+    prior[2][i] = floored(c * scale), prior[3][i] = floored(d * scale);
+    z[0][i] = prior[0][i] * gate[4 * i], z[1][i] = prior[1][i] * gate[4 * i + 1];
+    z[2][i] = prior[2][i] * gate[4 * i + 2], z[3][i] = prior[3][i] * gate[4 * i + 3];
+  }
+}
+
+// The gates of z: z / prior, clipped to [0, 1].
+PROXSPARSE_INLINE void gates_of(const Lanes (&z)[4], const Lanes (&prior)[4], float* gate) {
+  PROXSPARSE_SIMD
+  for (int i = 0; i < kLanes; ++i) {
+    gate[4 * i] = clip(z[0][i] / prior[0][i]), gate[4 * i + 1] = clip(z[1][i] / prior[1][i]);
+    gate[4 * i + 2] = clip(z[2][i] / prior[2][i]), gate[4 * i + 3] = clip(z[3][i] / prior[3][i]);
   }
 }
 
 // w0 at the two largest prior*s of each group, +0.0 elsewhere; ties keep the lower index.
-PROXSPARSE_INLINE void keep_two(const float* w0, const float* prior, const float* s, float* out) {
+PROXSPARSE_INLINE void keep_two(const float* w0, const Lanes (&prior)[4], const float* s,
+                                float* out) {
   PROXSPARSE_SIMD
-  for (int i = 0; i < kTile; i += 4) {
-    const float a = prior[i] * s[i], b = prior[i + 1] * s[i + 1];
-    const float c = prior[i + 2] * s[i + 2], d = prior[i + 3] * s[i + 3];
+  for (int i = 0; i < kLanes; ++i) {
+    const float a = prior[0][i] * s[4 * i], b = prior[1][i] * s[4 * i + 1];
+    const float c = prior[2][i] * s[4 * i + 2], d = prior[3][i] * s[4 * i + 3];
     const int ab = a >= b, ac = a >= c, ad = a >= d, bc = b >= c, bd = b >= d, cd = c >= d;
-    out[i] = ab + ac + ad >= 2 ? w0[i] : 0.0f;
-    out[i + 1] = 1 - ab + bc + bd >= 2 ? w0[i + 1] : 0.0f;
-    out[i + 2] = 2 - ac - bc + cd >= 2 ? w0[i + 2] : 0.0f;
-    out[i + 3] = 3 - ad - bd - cd >= 2 ? w0[i + 3] : 0.0f;
+    out[4 * i] = ab + ac + ad >= 2 ? w0[4 * i] : 0.0f;
+    out[4 * i + 1] = 1 - ab + bc + bd >= 2 ? w0[4 * i + 1] : 0.0f;
+    out[4 * i + 2] = 2 - ac - bc + cd >= 2 ? w0[4 * i + 2] : 0.0f;
+    out[4 * i + 3] = 3 - ad - bd - cd >= 2 ? w0[4 * i + 3] : 0.0f;
   }
 }
 
@@ -70,8 +92,8 @@ PROXSPARSE_CLONES static void gate_update_range(const Call& call, std::int64_t b
   const Prox prox(call.lam);
   const Adam adam(call.adam);
   alignas(64) float buffer_s[kTile], buffer_g[kTile], buffer_w0[kTile], buffer_m[kTile];
-  alignas(64) float buffer_v[kTile], norms[kTile] = {}, prior[kTile];
-  alignas(64) float gate[kTile];
+  alignas(64) float buffer_v[kTile], buffer_norms[kTile], gate[kTile];
+  alignas(64) Lanes prior[4], z[4];
   for (std::int64_t at = begin; at < end; at += kTile) {
     const int n = static_cast<int>(end - at < kTile ? end - at : kTile);
     const float* s = call.s.read(at, n, buffer_s);
@@ -81,18 +103,17 @@ PROXSPARSE_CLONES static void gate_update_range(const Call& call, std::int64_t b
     const float* v = call.v.read(at, n, buffer_v);
     float* new_m = call.m.target(at, n, buffer_m);
     float* new_v = call.v.target(at, n, buffer_v);
-    gather_norms(call, at, n, norms);
-    gate_prior(w0, norms, prior);
+    const float* norms = read_norms(call, at, n, buffer_norms);
     PROXSPARSE_SIMD
     for (int i = 0; i < kTile; ++i) {
       float moment1 = m[i], moment2 = v[i];
       const float step = adam.update(g[i] * w0[i] * adam.grad_scale, moment1, moment2);
-      gate[i] = prior[i] * clip(s[i] - step);
+      gate[i] = clip(s[i] - step);
       new_m[i] = moment1, new_v[i] = moment2;
     }
-    prox.apply(gate);
-    PROXSPARSE_SIMD
-    for (int i = 0; i < kTile; ++i) gate[i] = clip(gate[i] / prior[i]);
+    gate_prior(w0, norms, gate, prior, z);
+    prox.solve(z);
+    gates_of(z, prior, gate);
     call.m.write(at, n, new_m);
     call.v.write(at, n, new_v);
     call.s.write(at, n, gate);

@@ -14,8 +14,9 @@
 // and
 //   where u4 > u1*u2 + u1*u3 + u2*u3 the dense one wins over both.
 // * The dense candidate wins when the fourth entry would grow from 0 at the best sparser candidate.
-//   Otherwise it wins only by a jump, met only among u1 + u2 > 1 with u4 > u2/2 (tested, with
-//   room), and only there are objectives compared.
+//   Otherwise it wins only by a jump, met only among u1 + u2 > 1 with a pull of the fourth entry
+//   above -0.0681, its least where all four are 0.875 (searched; kJumpPull leaves room), and only
+//   there are objectives compared.
 //
 #pragma once
 
@@ -25,11 +26,13 @@
 
 namespace proxsparse {
 
+constexpr int kChunk = 16;  // lanes of the dense candidate solved side by side
 constexpr int kThreeSteps = 9, kDenseSteps = 3;
 constexpr float kConverged = 1e-3f;    // relative Newton step; the next is its square
 constexpr float kArrived = 1e-2f;      // the same, of the last step allowed
 constexpr float kLargestU1 = 1.2501f;  // above it the 2-sparse candidate wins
 constexpr float kLargestX3 = 0.708f;   // of a 3-sparse winner
+constexpr float kJumpPull = -0.08f;    // least pull at which the dense candidate wins by a jump
 constexpr float kHuge = 1e18f;         // squares beyond it overflow
 
 using Lanes = float[kLanes];
@@ -47,11 +50,26 @@ class Prox {
   // A tile of z, in place: groups of four neighbours become their prox.
   PROXSPARSE_INLINE void apply(float* tile) const {
     alignas(64) Lanes z[4];
-    float largest = 0.0f;
-#pragma omp simd reduction(max : largest)
+    PROXSPARSE_SIMD
     for (int i = 0; i < kLanes; ++i) {
       z[0][i] = std::fabs(tile[4 * i]), z[1][i] = std::fabs(tile[4 * i + 1]);
       z[2][i] = std::fabs(tile[4 * i + 2]), z[3][i] = std::fabs(tile[4 * i + 3]);
+    }
+    solve(z);
+    PROXSPARSE_SIMD
+    for (int i = 0; i < kLanes; ++i) {
+      tile[4 * i] = signed_like(z[0][i], tile[4 * i]);
+      tile[4 * i + 1] = signed_like(z[1][i], tile[4 * i + 1]);
+      tile[4 * i + 2] = signed_like(z[2][i], tile[4 * i + 2]);
+      tile[4 * i + 3] = signed_like(z[3][i], tile[4 * i + 3]);
+    }
+  }
+
+  // Magnitudes, entry by entry, in place.
+  PROXSPARSE_INLINE void solve(Lanes (&z)[4]) const {
+    float largest = 0.0f;
+#pragma omp simd reduction(max : largest)
+    for (int i = 0; i < kLanes; ++i) {
       const float sum = z[0][i] + z[1][i] + z[2][i] + z[3][i];
       const float comparable = sum < kHuge ? sum : kHuge;  // NaN becomes huge too
       largest = comparable > largest ? comparable : largest;
@@ -62,20 +80,13 @@ class Prox {
     } else {
       solve_sorted(z);
     }
-    PROXSPARSE_SIMD
-    for (int i = 0; i < kLanes; ++i) {
-      tile[4 * i] = signed_like(z[0][i], tile[4 * i]);
-      tile[4 * i + 1] = signed_like(z[1][i], tile[4 * i + 1]);
-      tile[4 * i + 2] = signed_like(z[2][i], tile[4 * i + 2]);
-      tile[4 * i + 3] = signed_like(z[3][i], tile[4 * i + 3]);
-    }
   }
 
  private:
   // Coordinate descent from z itself, in place and in z's own units.
   PROXSPARSE_INLINE void solve_convex(Lanes (&z)[4], int sweeps) const {
     alignas(64) Lanes x[4];
-    std::memcpy(x, z, sizeof x);
+    copy(z, x);
     for (int sweep = 0; sweep < sweeps; ++sweep) {
       PROXSPARSE_SIMD
       for (int i = 0; i < kLanes; ++i) {
@@ -87,14 +98,21 @@ class Prox {
         x[0][i] = x1, x[1][i] = x2, x[2][i] = x3, x[3][i] = x4;
       }
     }
-    std::memcpy(z, x, sizeof x);
+    copy(x, z);
+  }
+
+  static PROXSPARSE_INLINE void copy(const Lanes (&from)[4], Lanes (&to)[4]) {
+    for (int entry = 0; entry < 4; ++entry) {
+      PROXSPARSE_SIMD
+      for (int i = 0; i < kLanes; ++i) to[entry][i] = from[entry][i];
+    }
   }
 
   // The general case: sort, find the winner, put back; in place.
   PROXSPARSE_INLINE void solve_sorted(Lanes (&z)[4]) const {
-    alignas(64) Lanes u[4], x[4], y[4];
-    alignas(64) Flags order, needs3, needs4, jumps;
-    std::int32_t any3 = 0, any4 = 0, any_jump = 0;
+    alignas(64) Lanes u[4], x[3];
+    alignas(64) Flags order, needs3, dense, jumps;
+    std::int32_t any3 = 0;
 
     // Adjacent exchanges only, which is stable: of equal magnitudes the lower index stays first.
     PROXSPARSE_SIMD
@@ -116,7 +134,7 @@ class Prox {
       const float surely2 = a * a + b * b < 1.0f ? a * b - c : -1.0f;
       const float surely4 = d - (a * b + c * (a + b));
       const std::int32_t unless4 = surely4 > 0.0f ? 0 : candidate;
-      needs4[i] = candidate;
+      dense[i] = candidate;
       needs3[i] = surely2 < 0.0f ? unless4 : 0;
       any3 |= needs3[i];
     }
@@ -124,7 +142,7 @@ class Prox {
     // The best sparser candidate, and the pull on a fourth entry there.
     for (int i = 0; i < kLanes; ++i) x[2][i] = 0.0f;
     if (any3) solve_three(u, needs3, x[2]);
-#pragma omp simd reduction(| : any4, any_jump)
+    PROXSPARSE_SIMD
     for (int i = 0; i < kLanes; ++i) {
       const float a = u[0][i], b = u[1][i], c = x[2][i];
       const float inverse = 1.0f / (1.0f - c * c);
@@ -133,23 +151,20 @@ class Prox {
       const float first = third > 0.0f ? x1 : a, second = third > 0.0f ? x2 : b;
       x[0][i] = first, x[1][i] = second, x[2][i] = third;
       const float pull = u[3][i] - (first * second + third * (first + second));
-      const std::int32_t jump = a + b > 1.0f ? (u[3][i] > 0.5f * b ? needs4[i] : 0) : 0;
-      needs4[i] = pull >= 0.0f ? needs4[i] : jump;
+      const std::int32_t jump = a + b > 1.0f ? (pull > kJumpPull ? dense[i] : 0) : 0;
+      dense[i] = pull >= 0.0f ? dense[i] : jump;
       jumps[i] = pull >= 0.0f ? 0 : jump;
-      any4 |= needs4[i];
-      any_jump |= jumps[i];
     }
-    if (any4) {
-      solve_dense(u, needs4, y);
-      if (any_jump) compare(u, jumps, x, y, needs4);
-      PROXSPARSE_SIMD
-      for (int i = 0; i < kLanes; ++i) {
-        x[0][i] = needs4[i] ? y[0][i] : x[0][i];
-        x[1][i] = needs4[i] ? y[1][i] : x[1][i];
-        x[2][i] = needs4[i] ? y[2][i] : x[2][i];
-      }
+    // Few lanes need the dense candidate, and it costs the most: they are solved side by side.
+    alignas(64) std::int32_t lanes[kLanes + kChunk];
+    int count = 0;
+    for (int i = 0; i < kLanes; ++i) {
+      lanes[count] = i;
+      count += dense[i];
     }
-    finish(order, u, x, needs4, z);
+    for (int i = 0; count > 0 && i < kChunk; ++i) lanes[count + i] = lanes[count - 1];
+    for (int i = 0; i < count; i += kChunk) solve_dense(u, jumps, lanes + i, x, dense);
+    finish(order, u, x, dense, z);
   }
 
   // As integers, magnitudes order as they do as floats, NaN above all.
@@ -201,15 +216,25 @@ class Prox {
     }
   }
 
-  // Newton on the pair sums s = x1 + x2 and q = x3 + x4. The start keeps s <= 1 - 0.18*(u3 + u4);
-  // from there every winner is reached in kDenseSteps without leaving the set where the Hessian is
-  // positive (tested). Lanes that are not, or where the last step is not small, lose their `needed`
-  // flag.
-  static PROXSPARSE_INLINE void solve_dense(const Lanes (&u)[4], Flags& needed, Lanes (&y)[4]) {
+  // The dense candidate of the kChunk listed lanes: where it wins, it replaces x, and elsewhere the
+  // `dense` flag is taken back. Newton on the pair sums s = x1 + x2 and q = x3 + x4. The start
+  // keeps s <= 1 - 0.18*(u3 + u4); from there every winner is reached in kDenseSteps without
+  // leaving the set where the Hessian is positive (tested). Lanes that leave it, or whose last step
+  // is not small, do not win; lanes that can only win by a jump do where their objective is lower.
+  static PROXSPARSE_INLINE void solve_dense(const Lanes (&u)[4], const Flags& jumps,
+                                            const std::int32_t* lanes, Lanes (&x)[3],
+                                            Flags& dense) {
+    alignas(64) float v[4][kChunk], sparser[3][kChunk], jump[kChunk], wins[kChunk];
+    for (int i = 0; i < kChunk; ++i) {
+      const std::int32_t lane = lanes[i];
+      v[0][i] = u[0][lane], v[1][i] = u[1][lane], v[2][i] = u[2][lane], v[3][i] = u[3][lane];
+      sparser[0][i] = x[0][lane], sparser[1][i] = x[1][lane], sparser[2][i] = x[2][lane];
+      jump[i] = static_cast<float>(jumps[lane]);
+    }
     PROXSPARSE_SIMD
-    for (int i = 0; i < kLanes; ++i) {
-      const float a = u[0][i] + u[1][i], b = u[0][i] - u[1][i];
-      const float c = u[2][i] + u[3][i], e = u[2][i] - u[3][i];
+    for (int i = 0; i < kChunk; ++i) {
+      const float u1 = v[0][i], u2 = v[1][i], u3 = v[2][i], u4 = v[3][i];
+      const float a = u1 + u2, b = u1 - u2, c = u3 + u4, e = u3 - u4;
       const float bound = 1.0f - 0.18f * c;
       const float first = a < bound ? a : bound;
       float q = positive((c - 0.5f * (first * first - b * b)) / (1.0f + first));
@@ -239,25 +264,23 @@ class Prox {
       const float inverse = 1.0f / ((1.0f - s) * (1.0f - q));
       const float gap12 = b * inverse * (1.0f - s), gap34 = e * inverse * (1.0f - q);
       // Rounding must not leave a negative entry: its product would be added to the others.
-      y[0][i] = positive(0.5f * (s + gap12)), y[1][i] = positive(0.5f * (s - gap12));
-      y[2][i] = positive(0.5f * (q + gap34)), y[3][i] = positive(0.5f * (q - gap34));
-      const std::int32_t arrived = change <= kArrived * s ? needed[i] : 0;
-      needed[i] = margin > 0.0f ? arrived : 0;
+      const float x1 = positive(0.5f * (s + gap12)), x2 = positive(0.5f * (s - gap12));
+      const float x3 = positive(0.5f * (q + gap34)), x4 = positive(0.5f * (q - gap34));
+      const float rival1 = sparser[0][i], rival2 = sparser[1][i], rival3 = sparser[2][i];
+      const float difference =
+          gain(x1, x2, x3, x4, u1, u2, u3, u4) - gain(rival1, rival2, rival3, 0.0f, u1, u2, u3, u4);
+      const float better = jump[i] > 0.0f ? (x4 > 0.0f ? -difference : 0.0f) : 1.0f;
+      const float arrived = change <= kArrived * s ? better : 0.0f;
+      const float win = margin > 0.0f ? arrived : 0.0f;
+      wins[i] = win;
+      v[0][i] = win > 0.0f ? x1 : rival1;
+      v[1][i] = win > 0.0f ? x2 : rival2;
+      v[2][i] = win > 0.0f ? x3 : rival3;
     }
-  }
-
-  // Of the lanes that can only win by a jump, keep the dense candidate y where its objective is
-  // lower.
-  static PROXSPARSE_INLINE void compare(const Lanes (&u)[4], const Flags& jumps,
-                                        const Lanes (&x)[4], const Lanes (&y)[4], Flags& dense) {
-    PROXSPARSE_SIMD
-    for (int i = 0; i < kLanes; ++i) {
-      const float u1 = u[0][i], u2 = u[1][i], u3 = u[2][i], u4 = u[3][i];
-      const float sparser = gain(x[0][i], x[1][i], x[2][i], 0.0f, u1, u2, u3, u4);
-      const float difference = gain(y[0][i], y[1][i], y[2][i], y[3][i], u1, u2, u3, u4) - sparser;
-      const float worse = y[3][i] > 0.0f ? difference : 1.0f;
-      const std::int32_t wins = worse < 0.0f ? dense[i] : 0;
-      dense[i] = jumps[i] ? wins : dense[i];
+    for (int i = 0; i < kChunk; ++i) {
+      const std::int32_t lane = lanes[i];
+      x[0][lane] = v[0][i], x[1][lane] = v[1][i], x[2][lane] = v[2][i];
+      dense[lane] = wins[i] > 0.0f ? 1 : 0;
     }
   }
 
@@ -271,7 +294,7 @@ class Prox {
 
   // One sweep of exact coordinate steps, smallest entry first; then the order of before. The cuts
   // are what the steps take off u, so entries that are not cut stay bitwise those of z.
-  PROXSPARSE_INLINE void finish(const Flags& order, const Lanes (&u)[4], const Lanes (&x)[4],
+  PROXSPARSE_INLINE void finish(const Flags& order, const Lanes (&u)[4], const Lanes (&x)[3],
                                 const Flags& dense, Lanes (&z)[4]) const {
     PROXSPARSE_SIMD
     for (int i = 0; i < kLanes; ++i) {
