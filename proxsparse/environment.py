@@ -46,6 +46,6 @@ def _availability(op: str, backend: str) -> str:
     found = ops.implementation(op, backend)
     if isinstance(found, str):
         return f"no: {found}"
-    if backend == "triton" and not torch.cuda.is_available():
+    if backend in ("cuda", "triton") and not torch.cuda.is_available():
         return "no: there is no CUDA device"
     return "yes"

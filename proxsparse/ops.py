@@ -1,9 +1,10 @@
 """The only seam between what the package does and how it is computed.
 
 Each op is registered with `torch.library` (so torch.compile and CUDA graphs see it) and runs on one
-of three backends: `reference` (PyTorch, any device, the definition), `cpu` (C++ and OpenMP) or
-`triton` (CUDA). Automatic choice takes the fast one for the tensor's device when it is there, and
-logs once why when it is not; a backend asked for by name, with `use_backend`, runs or raises.
+of four backends: `reference` (PyTorch, any device, the definition), `cpu` (C++ and OpenMP), `cuda`
+(C++ and CUDA) or `triton` (CUDA). Automatic choice takes the first fast one of the tensor's device
+that has the op, and logs once why when there is none; a backend asked for by name, with
+`use_backend`, runs or raises.
 
 Scalars that change every step (step, lr, lam, grad_scale) may be Python floats or 0-d tensors. A
 0-d tensor on the GPU is read by the kernel itself: no host synchronisation, so a captured graph can
@@ -28,7 +29,7 @@ from proxsparse.errors import ProxsparseError
 
 _log = logging.getLogger("proxsparse")
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 OPS = (
     "prox_2to4",
     "project_2to4",
@@ -38,8 +39,12 @@ OPS = (
     "unpack_2to4",
     "prox_adamw_",
     "gate_update_",
+    "sparse_linear",
 )
-_FAST = {"cpu": "cpu", "cuda": "triton"}  # device type -> its fast backend
+_FAST = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "triton"),
+}  # device type -> its fast backends, best first
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
@@ -72,9 +77,15 @@ def implementation(op: str, backend: str) -> Callable[..., Any] | str:
         function: Callable[..., Any] = getattr(reference, op)
         return function
     stem = op.rstrip("_")
-    module = "proxsparse.backend_cpu" if backend == "cpu" else f"proxsparse.kernels.{stem}"
+    module = (
+        f"proxsparse.kernels.{stem}" if backend == "triton" else f"proxsparse.backend_{backend}"
+    )
     try:
         function = getattr(importlib.import_module(module), f"{stem}_{backend}")
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            return f"{backend} has no {op}"
+        return str(error)
     except ImportError as error:
         return str(error)
     except AttributeError:
@@ -85,21 +96,27 @@ def implementation(op: str, backend: str) -> Callable[..., Any] | str:
 def _choose(op: str, first: Tensor) -> Callable[..., Any]:
     """The implementation for a call whose main operand is `first`."""
     forced = _forced.get()
-    backend = forced or _FAST.get(first.device.type, "reference")
-    reason = ""
-    if backend != "reference":
-        if _FAST.get(first.device.type) != backend:
-            reason = f"its tensors are on {first.device.type}"
+    here = _FAST.get(first.device.type, ())
+    wanted = (forced,) if forced else here
+    reasons = []
+    for backend in wanted:
+        if backend == "reference":
+            break
+        if backend not in here:
+            found: Callable[..., Any] | str = f"its tensors are on {first.device.type}"
         elif first.dtype not in (*_FAST_DTYPES, torch.bool):
-            reason = f"its dtype is {first.dtype}"
-    if not reason:
-        found = implementation(op, backend)
+            found = f"its dtype is {first.dtype}"
+        else:
+            found = implementation(op, backend)
         if not isinstance(found, str):
             return found
-        reason = found
-    if forced:
-        raise ProxsparseError(f"backend {forced!r} was asked for, but cannot run {op}: {reason}")
-    _log_once(f"{op} runs on the reference backend: {reason}")
+        reasons.append(found)
+    if forced and reasons:
+        raise ProxsparseError(
+            f"backend {forced!r} was asked for, but cannot run {op}: {reasons[0]}"
+        )
+    if reasons:
+        _log_once(f"{op} runs on the reference backend: {'; '.join(dict.fromkeys(reasons))}")
     return getattr(reference, op)  # type: ignore[no-any-return]
 
 
@@ -125,6 +142,8 @@ for _schema in (
     f"float lam2, float reg_eps, {_ADAM}, float weight_decay) -> ()",
     f"gate_update_(Tensor(a!) s, Tensor grad, Tensor w0, Tensor(b!) m, Tensor(c!) v, "
     f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard) -> ()",
+    "sparse_linear(Tensor x, Tensor values, Tensor codes, Tensor? bias, Tensor? compressed, "
+    "Tensor? dense) -> Tensor",
 ):
     _library.define(_schema)  # type: ignore[no-untyped-call]
 
@@ -153,6 +172,32 @@ _register(
 )
 _register("prox_adamw_", lambda *_: None)
 _register("gate_update_", lambda *_: None)
+_register("sparse_linear", lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, codes, bias, _, dense = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(values, codes, dense)
+
+
+def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to x and bias; the packed weight is frozen."""
+    values, codes, dense = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ (_op.unpack_2to4(values, codes) if dense is None else dense)
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_bias, None, None
+
+
+torch.library.register_autograd(
+    "proxsparse::sparse_linear",
+    _sparse_linear_backward,
+    setup_context=_save_for_backward,
+    lib=_library,
+)
 
 
 # -- the functions people call
@@ -345,4 +390,41 @@ def gate_update_(
         eps,
         out,
         hard,
+    )
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None = None,
+    *,
+    compressed: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
+    """The product with a packed 2:4 weight, x @ W^T + bias; see `reference.sparse_linear`.
+
+    `compressed` and `dense` are other forms of the same weight, for backends that are faster with
+    them; which form a call uses is up to the backend.
+    """
+    n, half = values.shape if values.dim() == 2 else (0, 0)
+    if values.dim() != 2 or list(codes.shape) != [n, (2 * half + 7) // 8]:
+        raise ProxsparseError(
+            f"values {list(values.shape)} and codes {list(codes.shape)} are no packed 2:4 weight: "
+            "expected [N, K/2] and [N, ceil(K/8)] from pack_2to4"
+        )
+    if x.dim() == 0 or x.shape[-1] != 2 * half:
+        raise ProxsparseError(
+            f"x is {list(x.shape)}, but the weight is [{n}, {2 * half}]: the last dimension must "
+            f"be its in_features, {2 * half}"
+        )
+    if x.dtype != values.dtype or x.device != values.device:
+        raise ProxsparseError(
+            f"x is {x.dtype} on {x.device}, but the weight is {values.dtype} on {values.device}: "
+            "they must agree"
+        )
+    if bias is not None and list(bias.shape) != [n]:
+        raise ProxsparseError(f"bias is {list(bias.shape)}: the weight has {n} out_features")
+    return _op.sparse_linear(  # type: ignore[no-any-return]
+        x, values, codes, bias, compressed, dense
     )
