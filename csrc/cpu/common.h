@@ -23,7 +23,7 @@
 
 namespace proxsparse {
 
-constexpr int kLanes = 64;        // groups solved side by side
+constexpr int kLanes = 64;         // groups solved side by side
 constexpr int kTile = 4 * kLanes;  // elements per tile
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
