@@ -1,0 +1,116 @@
+// The instructions that CUDA C++ has no name for, one function each. tests/emulator/ptx.h gives the
+// same functions to the CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace proxsparse {
+
+constexpr int kPiece = 16;  // bytes of an asynchronous copy, and of a row of ldmatrix
+
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The weight is read once: it should not push the tokens out of the cache.
+__device__ __forceinline__ std::uint64_t read_once_policy() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void copy_weight(void* to, const void* from, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+      "l"(from), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_codes(void* to, const void* from, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
+      "l"(from), "l"(policy)
+      : "memory");
+}
+
+// 16 bytes, or zeros where the token does not exist.
+__device__ __forceinline__ void copy_tokens(void* to, const void* from, bool exists) {
+  const int bytes = exists ? kPiece : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(std::uint32_t (&fragment)[4], const void* piece) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(piece))
+               : "memory");
+}
+
+#define PROXSPARSE_MMA(TYPE)                                                                  \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE             \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "                \
+               "{%0, %1, %2, %3}, %12, %13;"                                                  \
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                       \
+               : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x[0]), "r"(x[1]), "r"(x[2]), \
+                 "r"(x[3]), "r"(metadata), "n"(kSelector))
+
+// sum[16 rows, 8 tokens] += w[16, 32] x[32, 8] with a 2:4 w, of which the 16 kept columns and their
+// positions are given.
+template <int kSelector, typename T>
+__device__ __forceinline__ void multiply_add_2to4(float (&sum)[4], const std::uint32_t (&w)[4],
+                                                  const std::uint32_t (&x)[4],
+                                                  std::uint32_t metadata) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    PROXSPARSE_MMA("bf16.bf16");
+  } else {
+    PROXSPARSE_MMA("f16.f16");
+  }
+}
+
+#undef PROXSPARSE_MMA
+
+// All threads of all blocks of the cluster arrive before any goes on; shared memory is visible.
+__device__ __forceinline__ void synchronize_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#endif
+}
+
+// The float at the address that `mine` has in this block, in the memory of block `rank` of the
+// cluster.
+__device__ __forceinline__ float read_shared_of(int rank, const float* mine) {
+  float value = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  std::uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(mine)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#endif
+  return value;
+}
+
+}  // namespace proxsparse

@@ -1,0 +1,383 @@
+// The product with a packed 2:4 weight for 1 to 64 tokens: y[M, N] = x[M, K] W[N, K]^T + bias.
+//
+// With so few tokens the time is that of reading the weight, 9/16 of its dense bytes. So the kernel
+// is a pipe: asynchronous copies keep several chunks of weight under way to shared memory, and
+// sparse tensor cores (mma.sp, the weight as the sparse operand, 8 tokens a tile) drain it.
+//
+// The weight is read as `pack_2to4` writes it; no second, private layout exists. That works because
+// * ldmatrix hands 16 bytes of a row to the four threads that own them in the fragment, so rows of
+//   values can be copied as they lie (16-byte pieces swizzled against bank conflicts);
+// * a row's codes are already the metadata that mma.sp wants: 4 bits a group, i | j << 2, i < j.
+//   For 64 columns a row has 8 bytes, and thread t of a quad supplies bytes 2t and 2t + 1: threads
+//   0 and 1 the first 32 columns (selector 0), threads 2 and 3 the others (selector 1).
+//
+// A block owns `kRows` rows and, with its cluster, all columns: the blocks of a cluster split the
+// columns and add their partial sums through distributed shared memory. Within a block, row warps
+// split the rows and column warps the columns. Every sum has a fixed order: results are bitwise
+// reproducible.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <type_traits>
+
+#include "ptx.h"
+#include "sparse_linear_decode.h"
+
+namespace proxsparse {
+namespace {
+
+constexpr int kStep = 64;  // columns between two changes of the metadata register
+constexpr int kMaxDevices = 64;
+
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return __float2half_rn(x);
+  }
+}
+
+// The constants of one kernel. A chunk is `kColumns` columns of the block's rows, with the same
+// columns of the tokens.
+template <typename Scalar, int rows, int row_tiles, int token_tiles, int columns, int stages>
+struct Shape {
+  using T = Scalar;
+  static constexpr int kRows = rows, kRowTiles = row_tiles, kTokenTiles = token_tiles;
+  static constexpr int kColumns = columns, kStages = stages;
+  static constexpr int kTokens = 8 * token_tiles;
+  static constexpr int kRowWarps = rows / (16 * row_tiles);
+  static constexpr int kColumnWarps =
+      8 / kRowWarps < columns / kStep ? 8 / kRowWarps : columns / kStep;
+  static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
+  // Bytes of a row in shared memory. 48 instead of 32 spreads the codes of 8 rows over all banks.
+  static constexpr int kValueBytes = columns, kTokenBytes = 2 * columns;
+  static constexpr int kCodeBytes = columns == 256 ? 48 : columns / 8;
+  static constexpr int kCodesAt = rows * kValueBytes;
+  static constexpr int kTokensAt = kCodesAt + rows * kCodeBytes;
+  static constexpr int kStageBytes = kTokensAt + kTokens * kTokenBytes;
+  static constexpr int kSumStride = rows + 4;  // of a token; the 4 spread a warp over all banks
+  static constexpr int kSumBytes = kColumnWarps * kTokens * kSumStride * 4;
+  static constexpr int kSharedBytes =
+      stages * kStageBytes > kSumBytes ? stages * kStageBytes : kSumBytes;
+};
+
+// Where piece `index` of row `row` lies: pieces are exchanged within a row so that the same piece
+// of 8 successive rows falls into different banks.
+template <int kRowBytes>
+__device__ __forceinline__ int swizzled(int row, int index) {
+  return row * kRowBytes + ((index ^ (row & 7)) * kPiece);
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads)
+    sparse_linear_decode_kernel(const typename S::T* __restrict__ x,
+                                const typename S::T* __restrict__ values,
+                                const std::uint8_t* __restrict__ codes,
+                                const typename S::T* __restrict__ bias,
+                                typename S::T* __restrict__ y, int M, int N, int K,
+                                std::int64_t x_stride, int splits) {
+  using T = typename S::T;
+  unsigned char* shared = dynamic_shared_memory();
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int row_warp = warp % S::kRowWarps, column_warp = warp / S::kRowWarps;
+  const int first_row = blockIdx.x / splits * S::kRows, part = blockIdx.x % splits;
+  const int num_chunks = (K + S::kColumns - 1) / S::kColumns;
+  const int begin = num_chunks * part / splits, end = num_chunks * (part + 1) / splits;
+  const std::uint64_t policy = read_once_policy();
+
+  const auto load = [&](int chunk) {
+    unsigned char* stage = shared + (chunk - begin) % S::kStages * S::kStageBytes;
+    const int column = chunk * S::kColumns, left = min(S::kColumns, K - column);
+    constexpr int kValuePieces = S::kValueBytes / kPiece;
+#pragma unroll
+    for (int i = thread; i < S::kRows * kValuePieces; i += S::kThreads) {
+      const int row = i / kValuePieces, piece = i % kValuePieces;
+      // Rows past the last repeat it: they are computed and not stored.
+      const std::int64_t from = static_cast<std::int64_t>(min(first_row + row, N - 1)) * K;
+      if (piece * kPiece < left) {
+        copy_weight(stage + swizzled<S::kValueBytes>(row, piece),
+                    reinterpret_cast<const unsigned char*>(values) + from + column + piece * kPiece,
+                    policy);
+      }
+    }
+    constexpr int kCodePieces = S::kColumns / kStep;  // of 8 bytes
+#pragma unroll
+    for (int i = thread; i < S::kRows * kCodePieces; i += S::kThreads) {
+      const int row = i / kCodePieces, piece = i % kCodePieces;
+      const std::int64_t from = static_cast<std::int64_t>(min(first_row + row, N - 1)) * (K / 8);
+      if (piece * kStep < left) {
+        copy_codes(stage + S::kCodesAt + row * S::kCodeBytes + piece * 8,
+                   codes + from + column / 8 + piece * 8, policy);
+      }
+    }
+    constexpr int kTokenPieces = S::kTokenBytes / kPiece;
+#pragma unroll
+    for (int i = thread; i < S::kTokens * kTokenPieces; i += S::kThreads) {
+      const int token = i / kTokenPieces, piece = i % kTokenPieces;
+      const bool exists = token < M;
+      if (piece * 8 < left) {
+        copy_tokens(stage + S::kTokensAt + swizzled<S::kTokenBytes>(token, piece),
+                    x + (exists ? token * x_stride + column + piece * 8 : 0), exists);
+      }
+    }
+  };
+
+  for (int i = 0; i < S::kStages - 1; ++i) {
+    if (begin + i < end) load(begin + i);
+    commit_copies();
+  }
+
+  float sums[S::kRowTiles][S::kTokenTiles][4] = {};
+  const int warp_row = row_warp * 16 * S::kRowTiles;
+  const int code_row = warp_row + lane / 4, code_byte = lane % 4 * 2;
+  const int matrix = lane / 8, matrix_row = lane % 8;
+  for (int chunk = begin; chunk < end; ++chunk) {
+    wait_for_copies<S::kStages - 2>();
+    __syncthreads();  // this chunk has arrived, and all warps are done with the one before it
+    if (chunk + S::kStages - 1 < end) load(chunk + S::kStages - 1);
+    commit_copies();
+
+    const unsigned char* stage = shared + (chunk - begin) % S::kStages * S::kStageBytes;
+    const int steps = min(S::kColumns, K - chunk * S::kColumns) / kStep;
+    for (int step = column_warp; step < steps; step += S::kColumnWarps) {
+      std::uint32_t metadata[S::kRowTiles];
+#pragma unroll
+      for (int tile = 0; tile < S::kRowTiles; ++tile) {
+        const unsigned char* row =
+            stage + S::kCodesAt + (code_row + 16 * tile) * S::kCodeBytes + step * 8 + code_byte;
+        const std::uint32_t low = *reinterpret_cast<const std::uint16_t*>(row);
+        const std::uint32_t high = *reinterpret_cast<const std::uint16_t*>(row + 8 * S::kCodeBytes);
+        metadata[tile] = low | high << 16;
+      }
+      const auto half_step = [&](auto selector) {
+        constexpr int kHalf = decltype(selector)::value;
+        std::uint32_t w[S::kRowTiles][4];
+#pragma unroll
+        for (int tile = 0; tile < S::kRowTiles; ++tile) {
+          const int row = warp_row + 16 * tile + matrix_row + matrix % 2 * 8;
+          load_matrices(w[tile],
+                        stage + swizzled<S::kValueBytes>(row, step * 4 + kHalf * 2 + matrix / 2));
+        }
+#pragma unroll
+        for (int token = 0; token < S::kTokenTiles; ++token) {
+          std::uint32_t b[4];
+          load_matrices(b, stage + S::kTokensAt +
+                               swizzled<S::kTokenBytes>(token * 8 + matrix_row,
+                                                        step * 8 + kHalf * 4 + matrix));
+#pragma unroll
+          for (int tile = 0; tile < S::kRowTiles; ++tile) {
+            multiply_add_2to4<kHalf, T>(sums[tile][token], w[tile], b, metadata[tile]);
+          }
+        }
+      };
+      half_step(std::integral_constant<int, 0>());
+      half_step(std::integral_constant<int, 1>());
+    }
+  }
+
+  // The partial sums of the column warps, over the stages that nobody reads any more.
+  wait_for_copies<0>();
+  __syncthreads();
+  float* partial = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int tile = 0; tile < S::kRowTiles; ++tile) {
+#pragma unroll
+    for (int token = 0; token < S::kTokenTiles; ++token) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = warp_row + 16 * tile + lane / 4 + i / 2 * 8;
+        const int m = column_warp * S::kTokens + token * 8 + lane % 4 * 2 + i % 2;
+        partial[m * S::kSumStride + row] = sums[tile][token][i];
+      }
+    }
+  }
+  __syncthreads();
+
+  const auto store = [&](int m, int row, float sum) {
+    const int n = first_row + row;
+    if (n >= N) return;
+    if (bias != nullptr) sum += to_float(bias[n]);
+    y[static_cast<std::int64_t>(m) * N + n] = from_float<T>(sum);
+  };
+  const auto add_column_warps = [&](int m, int row) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < S::kColumnWarps; ++w) {
+      sum += partial[(w * S::kTokens + m) * S::kSumStride + row];
+    }
+    return sum;
+  };
+  if (splits == 1) {
+    for (int i = thread; i < M * S::kRows; i += S::kThreads) {
+      store(i / S::kRows, i % S::kRows, add_column_warps(i / S::kRows, i % S::kRows));
+    }
+    return;
+  }
+  for (int i = thread; i < M * S::kRows; i += S::kThreads) {
+    const int m = i / S::kRows, row = i % S::kRows;
+    partial[m * S::kSumStride + row] = add_column_warps(m, row);
+  }
+  synchronize_cluster();
+  for (int i = part * S::kThreads + thread; i < M * S::kRows; i += splits * S::kThreads) {
+    const int m = i / S::kRows, row = i % S::kRows;
+    float sum = 0.0f;
+    for (int q = 0; q < splits; ++q) {
+      sum += read_shared_of(q, partial + m * S::kSumStride + row);
+    }
+    store(m, row, sum);
+  }
+  synchronize_cluster();  // a block's memory must outlive the reads of the others
+}
+
+struct Device {
+  int multiprocessors = 0, shared_bytes = 0, major = 0;
+};
+
+// What the current device has, asked once; null and a reason if it cannot be asked.
+const Device* current_device(int& index) {
+  static Device devices[kMaxDevices];
+  static std::atomic<bool> known[kMaxDevices];
+  if (cudaGetDevice(&index) != cudaSuccess || index >= kMaxDevices) return nullptr;
+  if (!known[index].load(std::memory_order_acquire)) {
+    Device device;
+    if (cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index) ||
+        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                               index) ||
+        cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index)) {
+      return nullptr;
+    }
+    devices[index] = device;  // two threads may both get here: they write the same
+    known[index].store(true, std::memory_order_release);
+  }
+  return &devices[index];
+}
+
+const char* text_of(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename S>
+const char* launch(const DecodeCall& call, int index, int splits) {
+  using T = typename S::T;
+  const auto kernel = sparse_linear_decode_kernel<S>;
+  static std::atomic<std::uint64_t> allowed{0};  // devices on which the kernel may use its memory
+  const std::uint64_t bit = std::uint64_t{1} << index;
+  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = (call.out_features + S::kRows - 1) / S::kRows * splits;
+  config.blockDim = S::kThreads;
+  config.dynamicSmemBytes = S::kSharedBytes;
+  config.stream = static_cast<cudaStream_t>(call.stream);
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = splits;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = splits > 1 ? 1 : 0;
+  return text_of(cudaLaunchKernelEx(
+      &config, kernel, static_cast<const T*>(call.x), static_cast<const T*>(call.values),
+      static_cast<const std::uint8_t*>(call.codes), static_cast<const T*>(call.bias),
+      static_cast<T*>(call.y), call.tokens, call.out_features, call.in_features, call.x_stride,
+      splits));
+}
+
+// Stages that fill most of the 227 KB of a Hopper multiprocessor, or half of it.
+template <int rows, int token_tiles>
+constexpr int stages(bool deep) {
+  constexpr int kStage = rows * 256 + rows * 48 + token_tiles * 8 * 512;
+  const int most = (deep ? 227 : 113) * 1024 / kStage;
+  return most < 2 ? 2 : most > 8 ? 8 : most;
+}
+
+template <typename T, int token_tiles>
+const char* launch_for_tokens(const DecodeCall& call, int index, const Device& device,
+                              DecodeLayout layout) {
+  // Two row tiles a warp read the tokens from shared memory half as often.
+  constexpr int kRowTiles = token_tiles > 2 ? 2 : 1;
+  const auto fits = [&](int bytes) { return bytes <= device.shared_bytes; };
+  using Deep64 = Shape<T, 64, kRowTiles, token_tiles, 256, stages<64, token_tiles>(true)>;
+  using Half64 = Shape<T, 64, kRowTiles, token_tiles, 256, stages<64, token_tiles>(false)>;
+  using Deep128 = Shape<T, 128, kRowTiles, token_tiles, 256, stages<128, token_tiles>(true)>;
+  using Half128 = Shape<T, 128, kRowTiles, token_tiles, 256, stages<128, token_tiles>(false)>;
+  using Small = Shape<T, 64, kRowTiles, token_tiles, 128, 3>;  // for GPUs with less memory
+  if (layout.rows == 128) {
+    if (layout.depth == 2 && fits(Deep128::kSharedBytes)) {
+      return launch<Deep128>(call, index, layout.splits);
+    }
+    if (fits(Half128::kSharedBytes)) return launch<Half128>(call, index, layout.splits);
+  }
+  if (layout.depth == 2 && fits(Deep64::kSharedBytes)) {
+    return launch<Deep64>(call, index, layout.splits);
+  }
+  if (fits(Half64::kSharedBytes)) return launch<Half64>(call, index, layout.splits);
+  if (fits(Small::kSharedBytes)) return launch<Small>(call, index, layout.splits);
+  return "this GPU has too little shared memory per block";
+}
+
+// One wave of blocks, all resident at once: then each gets its share of the memory's bandwidth and
+// all end together. Of the layouts that make one, the one with the most blocks.
+DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
+  DecodeLayout layout = call.layout;
+  if (layout.rows == 0) {
+    // Wide tiles read the tokens less often; narrow ones make enough blocks of a small weight.
+    layout.rows = call.out_features >= 64 * device.multiprocessors ? 128 : 64;
+  }
+  const int tiles = (call.out_features + layout.rows - 1) / layout.rows;
+  if (layout.splits == 0) {
+    layout.splits = 1;
+    const int slots = layout.depth == 2 ? device.multiprocessors : 2 * device.multiprocessors;
+    while (device.major >= 9 && layout.splits < 8 && 2 * layout.splits * tiles <= slots &&
+           call.in_features >= 512 * layout.splits) {
+      layout.splits *= 2;
+    }
+  }
+  if (layout.depth == 0) {
+    layout.depth = tiles * layout.splits <= device.multiprocessors ? 2 : 1;
+  }
+  return layout;
+}
+
+template <typename T>
+const char* launch_for_type(const DecodeCall& call, int index, const Device& device,
+                            const DecodeLayout& layout) {
+  if (call.tokens <= 8) return launch_for_tokens<T, 1>(call, index, device, layout);
+  if (call.tokens <= 16) return launch_for_tokens<T, 2>(call, index, device, layout);
+  if (call.tokens <= 32) return launch_for_tokens<T, 4>(call, index, device, layout);
+  return launch_for_tokens<T, 8>(call, index, device, layout);
+}
+
+}  // namespace
+
+const char* sparse_linear_decode(const DecodeCall& call) {
+  if (call.tokens < 1 || call.tokens > kMaxDecodeTokens) return "1 to 64 tokens are supported";
+  if (call.in_features % kStep != 0) return "in_features must be a multiple of 64";
+  const auto misaligned = [](const void* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % kPiece != 0;
+  };
+  if (misaligned(call.x) || misaligned(call.values) || misaligned(call.codes) ||
+      call.x_stride % 8 != 0) {
+    return "x, values, codes and the rows of x must be aligned to 16 bytes";
+  }
+  int index = 0;
+  const Device* device = current_device(index);
+  if (device == nullptr) return "the attributes of the current device cannot be read";
+  if (device->major < 8) return "sparse tensor cores need compute capability 8.0";
+  const DecodeLayout layout = choose_layout(call, *device);
+  if (layout.splits > 1 && device->major < 9) return "splits need compute capability 9.0";
+  return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, *device, layout)
+                          : launch_for_type<__half>(call, index, *device, layout);
+}
+
+}  // namespace proxsparse

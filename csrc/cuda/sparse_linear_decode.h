@@ -1,0 +1,35 @@
+// The product with a packed 2:4 weight for few tokens; see sparse_linear_decode.cu.
+#pragma once
+
+#include <cstdint>
+
+namespace proxsparse {
+
+constexpr int kMaxDecodeTokens = 64;
+
+// How a call is laid out on the GPU; zeros let the library choose.
+struct DecodeLayout {
+  int rows = 0;    // of the weight per block: 64 or 128
+  int depth = 0;   // chunks under way per block: 1 few (several blocks a multiprocessor), 2 many
+  int splits = 0;  // blocks that share the columns of a tile, as one cluster: 1, 2, 4 or 8
+};
+
+// y[M, N] = x[M, K] W[N, K]^T + bias. All pointers are device memory, 16-byte aligned; y is
+// contiguous, the rows of x are x_stride elements apart.
+struct DecodeCall {
+  const void* x;
+  const void* values;  // [N, K/2]
+  const void* codes;   // uint8 [N, K/8]
+  const void* bias;    // [N], or null
+  void* y;
+  int tokens, out_features, in_features;
+  std::int64_t x_stride;
+  bool is_bfloat16;  // else float16
+  DecodeLayout layout;
+  void* stream;
+};
+
+// Queues the product on the stream of the current device. Returns null, or what is wrong.
+const char* sparse_linear_decode(const DecodeCall& call);
+
+}  // namespace proxsparse

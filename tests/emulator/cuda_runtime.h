@@ -1,0 +1,75 @@
+// The part of CUDA's runtime that the kernels use, on the emulator.
+#pragma once
+
+#include <cmath>
+#include <tuple>
+
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+
+#define threadIdx (emulator::Dim(emulator::current->thread))
+#define blockIdx (emulator::Dim(emulator::current->block->index))
+
+inline void __syncthreads() { emulator::wait_at(emulator::current->block->barrier); }
+inline int min(int a, int b) { return a < b ? a : b; }
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid argument" : "the threads wait for each other";
+}
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor
+};
+inline cudaError_t cudaGetDevice(int* index) {
+  *index = emulator::settings.device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const emulator::Settings& s = emulator::settings;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? s.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? s.shared_bytes
+                                                                  : s.major;
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= emulator::settings.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  emulator::Dim gridDim, blockDim;
+  std::size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  if (config->gridDim.x % cluster) return cudaErrorInvalidValue;
+  const bool ended = emulator::run_grid(config->gridDim.x, config->blockDim.x, cluster,
+                                        config->dynamicSmemBytes, [=] { kernel(arguments...); });
+  return ended ? cudaSuccess : cudaErrorLaunchFailure;
+}

@@ -1,0 +1,164 @@
+// Runs CUDA kernels on the CPU, one block cluster at a time, to test their logic without a GPU.
+//
+// Each CUDA thread is a fiber. A fiber runs until it meets a barrier (of its warp, its block or its
+// cluster), so a kernel that lacks one goes wrong here as it may there. Two switches make the usual
+// races show: asynchronous copies land either at once or as late as they may, and fibers run in
+// ascending or descending order. Timing, bank conflicts and memory models are not emulated.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace emulator {
+
+struct Settings {
+  bool copies_land_early = false, descending = false;
+  int device = 0, shared_bytes = 227 * 1024, multiprocessors = 132, major = 9;
+};
+inline Settings settings;
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+  Dim(unsigned x = 1) : x(x) {}
+};
+
+// Counts arrivals; a fiber waits until the count of its round is full.
+struct Barrier {
+  int size = 0, arrived = 0;
+  std::uint64_t round = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, zeros;
+  void run() const {
+    if (bytes) std::memcpy(to, from, bytes);
+    std::memset(static_cast<char*>(to) + bytes, 0, zeros);
+  }
+};
+
+struct Block {
+  std::vector<unsigned char> memory;
+  Barrier barrier;
+  unsigned index = 0;
+  int running = 0;  // threads; the memory is gone when none is left
+};
+
+struct Warp {
+  Barrier barrier;
+  std::uint64_t exchange[32][16];  // what the threads of a collective instruction give
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  unsigned thread = 0;
+  bool done = false;
+  std::vector<std::vector<Copy>> groups;  // committed copies that have not landed
+  std::vector<Copy> open;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  Barrier barrier;
+};
+
+inline Fiber* current;
+inline Cluster* cluster;
+inline ucontext_t scheduler;
+
+inline void wait_at(Barrier& barrier) {
+  const std::uint64_t round = barrier.round;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    ++barrier.round;
+    return;
+  }
+  while (barrier.round == round) swapcontext(&current->context, &scheduler);
+}
+
+inline std::function<void()> body;
+
+inline void start() {
+  body();
+  current->done = true;
+  Block& block = *current->block;
+  if (--block.running == 0) std::fill(block.memory.begin(), block.memory.end(), 0xff);
+  swapcontext(&current->context, &scheduler);
+}
+
+// Runs all blocks of a grid; false if the threads of a cluster wait for each other for ever.
+inline bool run_grid(unsigned num_blocks, unsigned num_threads, unsigned cluster_size,
+                     std::size_t shared_bytes, std::function<void()> kernel) {
+  constexpr std::size_t kStack = 64 * 1024;
+  body = std::move(kernel);
+  for (unsigned first = 0; first < num_blocks; first += cluster_size) {
+    Cluster blocks;
+    cluster = &blocks;
+    blocks.blocks.resize(cluster_size);
+    blocks.barrier.size = static_cast<int>(cluster_size * num_threads);
+    std::vector<Warp> warps(cluster_size * (num_threads / 32));
+    std::vector<Fiber> fibers(cluster_size * num_threads);
+    for (unsigned b = 0; b < cluster_size; ++b) {
+      Block& block = blocks.blocks[b];
+      block.index = first + b;
+      block.memory.assign(shared_bytes, 0xff);  // NaN as bfloat16, float16 and float32
+      block.barrier.size = block.running = static_cast<int>(num_threads);
+      for (unsigned t = 0; t < num_threads; ++t) {
+        Fiber& fiber = fibers[b * num_threads + t];
+        fiber.block = &block;
+        fiber.warp = &warps[(b * num_threads + t) / 32];
+        fiber.warp->barrier.size = 32;
+        fiber.thread = t;
+        fiber.stack.reset(new char[kStack]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStack;
+        makecontext(&fiber.context, start, 0);
+      }
+    }
+    const auto progress = [&] {
+      std::uint64_t total = blocks.barrier.round + blocks.barrier.arrived;
+      for (const Block& block : blocks.blocks)
+        total += block.barrier.round * 4096 + block.barrier.arrived;
+      for (const Warp& warp : warps) total += warp.barrier.round * 64 + warp.barrier.arrived;
+      for (const Fiber& fiber : fibers) total += fiber.done;
+      return total;
+    };
+    for (;;) {
+      const std::uint64_t before = progress();
+      bool all_done = true;
+      for (std::size_t i = 0; i < fibers.size(); ++i) {
+        Fiber& fiber = fibers[settings.descending ? fibers.size() - 1 - i : i];
+        if (fiber.done) continue;
+        current = &fiber;
+        swapcontext(&scheduler, &fiber.context);
+        all_done = all_done && fiber.done;
+      }
+      if (all_done) break;
+      if (progress() == before) return false;
+    }
+  }
+  return true;
+}
+
+inline void copy_later(void* to, const void* from, int bytes, int size) {
+  const Copy copy{to, from, bytes, size - bytes};
+  if (settings.copies_land_early) {
+    copy.run();
+  } else {
+    current->open.push_back(copy);
+  }
+}
+
+}  // namespace emulator

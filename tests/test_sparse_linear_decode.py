@@ -1,0 +1,165 @@
+"""The decode kernel: its logic on an emulator of CUDA's threads, its numbers on a GPU.
+
+The emulator (tests/emulator) runs csrc/cuda/sparse_linear_decode.cu itself, compiled for the CPU
+with the instructions of csrc/cuda/ptx.h replaced by the layouts that the PTX manual gives them. So
+packing, fragments, metadata, pipeline and reductions are checked on any machine with a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from proxsparse import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+HOPPER, ADA = (0, 227 * 1024), (1, 99 * 1024)  # a device and the shared memory of its blocks
+
+
+@pytest.fixture(scope="module")
+def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """A function that runs the kernel on CPU tensors."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the emulator with")
+    folder = tmp_path_factory.mktemp("emulator")
+    for path in (ROOT / "tests" / "emulator").iterdir():
+        shutil.copy(path, folder)
+    for name in ("sparse_linear_decode.cu", "sparse_linear_decode.h"):
+        shutil.copy(ROOT / "csrc" / "cuda" / name, folder)
+    library = folder / "decode.so"
+    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-x", "c++"]
+    command += [f"-I{folder}", "sparse_linear_decode.cpp", "-o", str(library)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    decode = ctypes.CDLL(str(library)).decode
+    decode.restype = ctypes.c_char_p
+
+    def run(
+        x: Tensor,
+        values: Tensor,
+        codes: Tensor,
+        bias: Tensor | None = None,
+        layout: tuple[int, int, int] = (0, 0, 0),
+        *,
+        early: bool = False,
+        descending: bool = False,
+        device: tuple[int, int] = HOPPER,
+    ) -> Tensor:
+        n, k = values.shape[0], 2 * values.shape[1]
+        y = torch.full((x.shape[0], n), torch.nan, dtype=x.dtype)
+        pointers = [t.data_ptr() if t is not None else None for t in (x, values, codes, bias, y)]
+        error = decode(
+            *map(ctypes.c_void_p, pointers),
+            *(x.shape[0], n, k),
+            ctypes.c_int64(x.stride(0)),
+            x.dtype == torch.bfloat16,
+            *layout,
+            *(early, descending, *device),
+        )
+        assert error is None, error.decode()
+        return y
+
+    return run
+
+
+def make(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, w, values and codes of small whole numbers, so that every sum is exact in float32."""
+    generator = torch.Generator().manual_seed(m + n + k)
+    w = torch.randint(-4, 5, (n, k), generator=generator).to(dtype)
+    w = ops.project_2to4(w, torch.rand(n, k, generator=generator).to(dtype))
+    x = torch.randint(-3, 4, (m, k), generator=generator).to(dtype)
+    return x, w, *ops.pack_2to4(w)
+
+
+def exact(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = x.double() @ w.double().T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 33, 64])
+def test_every_token_count(emulate: Callable[..., Tensor], m: int, dtype: torch.dtype) -> None:
+    x, w, values, codes = make(m, 80, 320, dtype)
+    assert torch.equal(emulate(x, values, codes), exact(x, w))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("m", [3, 40])
+def test_every_layout(
+    emulate: Callable[..., Tensor], rows: int, depth: int, splits: int, m: int
+) -> None:
+    x, w, values, codes = make(m, 144, 64 * 37, torch.bfloat16)
+    bias = torch.randint(-9, 10, (144,)).bfloat16()
+    assert torch.equal(emulate(x, values, codes, bias, (rows, depth, splits)), exact(x, w, bias))
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("layout", [(64, 1, 1), (64, 2, 2), (128, 2, 1), (128, 1, 4)])
+def test_copies_and_threads_in_any_order(
+    emulate: Callable[..., Tensor], layout: tuple[int, int, int], early: bool, descending: bool
+) -> None:
+    x, w, values, codes = make(12, 128, 256 * 11, torch.bfloat16)
+    y = emulate(x, values, codes, None, layout, early=early, descending=descending)
+    assert torch.equal(y, exact(x, w))
+
+
+@pytest.mark.parametrize("m", [1, 64])
+def test_gpus_with_less_shared_memory(emulate: Callable[..., Tensor], m: int) -> None:
+    x, w, values, codes = make(m, 64, 64 * 7, torch.float16)
+    y = emulate(x, values, codes, None, (64, 1, 1), device=ADA)
+    assert torch.equal(y, exact(x, w))
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (16, 128), (1024, 64), (48, 576)])
+def test_small_weights(emulate: Callable[..., Tensor], n: int, k: int) -> None:
+    x, w, values, codes = make(5, n, k, torch.bfloat16)
+    assert torch.equal(emulate(x, values, codes), exact(x, w))
+
+
+def test_groups_with_fewer_than_two_entries(emulate: Callable[..., Tensor]) -> None:
+    x, w, _, _ = make(4, 64, 256, torch.bfloat16)
+    w[::3] = 0
+    w[:, 5::4] = 0
+    assert torch.equal(emulate(x, *ops.pack_2to4(w)), exact(x, w))
+
+
+def test_rows_of_a_wider_tensor(emulate: Callable[..., Tensor]) -> None:
+    x, w, values, codes = make(6, 64, 256, torch.bfloat16)
+    wide = torch.full((6, 264), torch.nan, dtype=x.dtype)
+    wide[:, :256] = x
+    assert torch.equal(emulate(wide[:, :256], values, codes), exact(x, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_that_of_float32_sums(
+    emulate: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    w = ops.project_2to4(torch.randn(64, 1024).to(dtype))
+    x = torch.randn(16, 1024).to(dtype)
+    expected = x.double() @ w.double().T
+    error = (emulate(x, *ops.pack_2to4(w)).double() - expected).norm() / expected.norm()
+    rounding = (expected.to(dtype).double() - expected).norm() / expected.norm()
+    assert error < 1.1 * rounding
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "message"),
+    [(65, 64, "1 to 64 tokens"), (4, 96, "multiple of 64")],
+)
+def test_refuses_what_it_cannot(
+    emulate: Callable[..., Tensor], m: int, k: int, message: str
+) -> None:
+    x, _, values, codes = make(m, 16, k, torch.bfloat16)
+    with pytest.raises(AssertionError, match=message):
+        emulate(x, values, codes)
