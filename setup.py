@@ -39,7 +39,7 @@ CUDA_FLAGS = [
 ]
 # nvcc links, and brings the runtime in statically: the machine that runs it needs only a driver.
 CUDA_LINK_FLAGS = "-shared -cudart static"
-KERNELS = "kernels"  # the CUDA sources of `_cuda`, in what is built and what is left out
+KERNELS = "cuda_kernels"  # the .cu sources of `_cuda`, in what is built and what is left out
 PARTS = ("_cpu", "_cuda", KERNELS)
 
 NINJA_RULES = """\
