@@ -331,7 +331,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         kind: "ok"; "wrong" (its numbers); "refused" (by the library: not for these shapes);
-            "memory" (too little); "crashed"; "hung".
+            "crashed"; "hung"; "memory" (too little) and "failed" (an error elsewhere), which are
+            not held against the candidate.
         detail: why, unless ok.
         seconds: as in Timing, 0 unless ok; the speed-ups likewise.
         speedup: over dense at the largest token count.
@@ -470,7 +471,7 @@ def _measure_cell(
 
     def attempt(candidate: Candidate, is_final: bool) -> Outcome:
         outcome = measure(candidate, is_final)
-        if outcome.kind == "memory":
+        if outcome.kind in ("memory", "failed"):
             raise Unmeasurable(f"{candidate}: {outcome.detail}")
         if outcome.kind == "wrong":
             banned[str(candidate)] = outcome.detail
@@ -645,7 +646,10 @@ class ChildWorker:
             return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             process.kill()
-            return process.wait()
+        try:
+            return process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # stuck in the driver: nothing else can end it
+            return None
 
 
 def tune_layers(

@@ -4,7 +4,7 @@
 
 Requests and answers are JSON objects, a line each, on stdin and stdout. An error of CUDA itself
 leaves a process without a working GPU, so this one then ends and the parent takes the last trial
-for the culprit; only what the library refuses and what memory does not hold is answered.
+for the culprit. Everything else that goes wrong is answered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from proxsparse import backend_cuda, ops, tuning
 from proxsparse.cusparselt import extension as _cuda
-from proxsparse.errors import ProxsparseError
 from proxsparse.tuning import Candidate, Cell, Outcome
 
 # A candidate's error may be this much above dense's: relative, and in its largest entry. Rounding
@@ -223,8 +222,13 @@ def answer(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         kind, detail = "memory", str(error).splitlines()[0]
-    except (_cuda.LibraryError, ProxsparseError) as error:
+    except _cuda.LibraryError as error:
+        torch.cuda.synchronize()  # raises if more is broken than this call
         kind, detail = "refused", str(error)
+    except Exception as error:
+        if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+            raise
+        kind, detail = "failed", f"{type(error).__name__}: {error}"
     if request["do"] == "candidates":
         return {"problem": detail}
     return Outcome(kind, detail)._asdict()
