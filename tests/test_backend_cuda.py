@@ -30,10 +30,12 @@ HEADER = (ROOT / "csrc/cuda/cusparselt.h").read_text(encoding="utf-8")
 
 def real_library() -> str:
     """The path of an installed cuSPARSELt; skips without one."""
-    for path in cusparselt.candidates():
-        if os.path.isfile(path):
-            return path
-    pytest.skip("no cuSPARSELt is installed; PROXSPARSE_CUSPARSELT can name one")
+    path = next(filter(os.path.isfile, cusparselt.candidates()), None)
+    if path is None:
+        pytest.skip("no cuSPARSELt is installed; PROXSPARSE_CUSPARSELT can name one")
+    if "too old" in load(path):
+        pytest.skip(f"{path} is too old")
+    return path
 
 
 def load(path: str | Path | None, code: str = "print(cusparselt.library())") -> str:
@@ -47,10 +49,10 @@ def load(path: str | Path | None, code: str = "print(cusparselt.library())") -> 
     return done.stdout + done.stderr
 
 
-def make_library(folder: Path, source: str) -> Path:
-    """A shared library of these C functions, called as cuSPARSELt is."""
+def make_library(folder: Path, source: str, name: str = "libcusparseLt.so.0") -> Path:
+    """A shared library of these C functions, by default called as cuSPARSELt is."""
     compiler = os.environ.get("CC", "cc")
-    path = folder / "libcusparseLt.so.0"
+    path = folder / name
     try:
         subprocess.run(
             [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(path)],
@@ -80,9 +82,9 @@ def test_a_named_file_is_the_only_one_tried(tmp_path: Path) -> None:
 
 
 def test_a_library_that_is_too_old_is_refused(tmp_path: Path) -> None:
-    path = make_library(tmp_path, versioned(0, 6, 2))
+    path = make_library(tmp_path, versioned(0, 7, 1))
     output = load(path)
-    assert f"{path} is cuSPARSELt 0.6.2: too old, 0.7.1 or later is needed" in output
+    assert f"{path} is cuSPARSELt 0.7.1: too old, 0.8.0 or later is needed" in output
 
 
 def test_a_library_without_the_functions_is_refused(tmp_path: Path) -> None:
@@ -180,6 +182,157 @@ def test_the_values_are_those_of_the_installed_header() -> None:
     ):
         declared = re.search(rf"{name}\((.*?)\);", text, re.S)[1]
         assert len(declared.split(",")) == len(arguments.split(",")), name
+
+
+# -- handles and plans, on a stand-in for the library that tells what it is asked
+
+STAND_IN = """
+#include <stdint.h>
+#include <stdio.h>
+#define SAY(...) (printf(__VA_ARGS__), putchar(10), fflush(stdout), 0)
+int cusparseLtInit(void *h) { return SAY("handle"); }
+int cusparseLtDestroy(const void *h) { return SAY("~handle"); }
+const char *cusparseLtGetErrorName(int s) { return "CUSPARSE_STATUS_NOT_SUPPORTED"; }
+const char *cusparseLtGetErrorString(int s) { return "operation not supported"; }
+int cusparseLtDenseDescriptorInit(const void *h, void *d, int64_t r, int64_t c, int64_t s,
+    uint32_t a, int t, int o) { return SAY("dense %ldx%ld/%ld %u %d %d", r, c, s, a, t, o); }
+int cusparseLtStructuredDescriptorInit(const void *h, void *d, int64_t r, int64_t c, int64_t s,
+    uint32_t a, int t, int o, int p)
+    { return SAY("sparse %ldx%ld/%ld %u %d %d", r, c, s, a, t, o); }
+int cusparseLtMatDescriptorDestroy(const void *d) { return 0; }
+int cusparseLtMatmulDescriptorInit(const void *h, void *m, int oa, int ob, const void *a,
+    const void *b, const void *c, const void *d, int t) { return SAY("matmul op %d %d", oa, ob); }
+int cusparseLtMatmulDescSetAttribute(const void *h, void *m, int a, const void *p, size_t n)
+    { return SAY("bias %ld", (long)*(void **)p); }
+int cusparseLtMatmulAlgSelectionInit(const void *h, void *s, const void *m, int a) { return 0; }
+int cusparseLtMatmulAlgSelectionDestroy(const void *s) { return 0; }
+int cusparseLtMatmulAlgSetAttribute(const void *h, void *s, int a, const void *p, size_t n)
+    { int v = *(int *)p; return v == 99 ? 10 : SAY("set %d = %d", a, v); }
+int cusparseLtMatmulAlgGetAttribute(const void *h, const void *s, int a, void *p, size_t n)
+    { *(int *)p = 7; return 0; }
+int cusparseLtMatmulPlanInit(const void *h, void *p, const void *m, const void *s)
+    { return SAY("plan"); }
+int cusparseLtMatmulPlanDestroy(const void *p) { return SAY("~plan"); }
+int cusparseLtMatmulGetWorkspace(const void *h, const void *p, size_t *n) { *n = 64; return 0; }
+int cusparseLtMatmul(const void *h, const void *p, const void *al, const void *a, const void *b,
+    const void *be, const void *c, void *d, void *w, void **s, int32_t n) { return SAY(
+    "launch %g %g %ld %ld %ld %ld %ld", *(float *)al, *(float *)be, (long)a, (long)b, (long)d,
+    (long)w, (long)*s); }
+int cusparseLtSpMMACompressedSize2(const void *h, const void *m, size_t *n, size_t *b)
+    { *n = 100; *b = 10; return 0; }
+int cusparseLtSpMMACompress2(const void *h, const void *m, int is, int op, const void *w, void *c,
+    void *b, void *s) { return SAY("compress %d %d", is, op); }
+"""
+DRIVER = """
+#include <stdio.h>
+int cuCtxGetDevice(int *d) { *d = 0; return 0; }
+int cuThreadExchangeStreamCaptureMode(int *m) { static int mode; int old = mode; mode = *m;
+    *m = old; printf("mode %d", mode); putchar(10); fflush(stdout); return 0; }
+"""
+
+
+def drive(folder: Path, code: str) -> list[str]:
+    """What the stand-in was asked while the code ran; MADE, the lines of a plan, are folded."""
+    library = make_library(folder, STAND_IN + versioned(0, 8, 1))
+    make_library(folder, DRIVER, "libcuda.so.1")
+    setup = """
+cusparselt.library()
+from proxsparse.cusparselt import extension as cuda
+def layer(has_bias=False, algorithm=-1, late=True, split_k=1, mode=0, device=0):
+    return cuda.SparseLinear(device, 0, 32, 64, has_bias, algorithm, split_k, mode, late)
+def run(layer, tokens=8, bias=0, workspace=64, weight=100):
+    return layer(tokens, 1, weight, 2, bias, 3, 4, workspace, 5)
+"""
+    environment = {
+        **os.environ,
+        "PROXSPARSE_CUSPARSELT": str(library),
+        "LD_LIBRARY_PATH": str(folder),
+    }
+    command = [sys.executable, "-uc", f"from proxsparse import cusparselt{setup}{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+LAUNCH = "launch 1 0 1 2 3 4 5"
+WEIGHT = "sparse 64x32/64 16 14 1"
+
+
+def made(tokens: int, *between: str) -> list[str]:
+    """What making a plan takes: descriptors of the same row-major bytes, nothing transposed."""
+    operands = [WEIGHT, f"dense 64x{tokens}/64 16 14 1", f"dense 32x{tokens}/32 16 14 1"]
+    return ["mode 2", *operands, "matmul op 1 0", *between, "plan", "mode 0"]
+
+
+START = ["mode 2", "handle", "mode 0"]
+
+
+def test_a_plan_is_made_once_for_each_token_count(tmp_path: Path) -> None:
+    lines = drive(tmp_path, "a, b = layer(), layer()\nfor m in (8, 8, 16, 8): run(a, m), run(b, m)")
+    expected = [*START, *made(8), *[LAUNCH] * 4, *made(16), *[LAUNCH] * 4]
+    assert lines == [*expected, "~plan", "~plan", "~handle"]
+
+
+def test_too_small_a_workspace_launches_nothing(tmp_path: Path) -> None:
+    lines = drive(tmp_path, "a = layer()\nprint(run(a, workspace=63), run(a))")
+    assert lines == [*START, *made(8), LAUNCH, "64 0", "~plan", "~handle"]
+
+
+def test_the_bias_is_set_before_each_launch_that_needs_another(tmp_path: Path) -> None:
+    lines = drive(tmp_path, "a = layer(True)\nfor bias in (6, 6, 7, 6): run(a, bias=bias)")
+    launches = [LAUNCH, LAUNCH, "bias 7", LAUNCH, "bias 6", LAUNCH]
+    assert lines == [*START, *made(8, "bias 6"), *launches, "~plan", "~handle"]
+
+
+def test_where_the_bias_is_read_early_each_has_its_plan(tmp_path: Path) -> None:
+    lines = drive(tmp_path, "a = layer(True, late=False)\nfor b in (6, 7, 6): run(a, bias=b)")
+    plans = [*made(8, "bias 6"), LAUNCH, *made(8, "bias 7"), LAUNCH, LAUNCH]
+    assert lines == [*START, *plans, "~plan", "~plan", "~handle"]
+
+
+def test_an_algorithm_and_its_split_are_set(tmp_path: Path) -> None:
+    code = "a = layer(algorithm=3, split_k=4, mode=2)\nrun(a)\nprint(a.count_algorithms(8, 0))"
+    lines = drive(tmp_path, code)
+    assert lines[: len(START) + 9] == [*START, *made(8, "set 0 = 3", "set 3 = 4", "set 4 = 2")][:-1]
+    assert "7" in lines
+
+
+def test_each_thread_has_a_handle_that_ends_with_it(tmp_path: Path) -> None:
+    code = (
+        "import threading\na = layer()\nrun(a)\n"
+        "t = threading.Thread(target=run, args=(a,))\nt.start()\nt.join()\n"
+        "import time\ntime.sleep(0.5)  # the thread itself ends a little after Python's"
+    )
+    one = [*START, *made(8), LAUNCH]
+    lines = drive(tmp_path, code)
+    assert lines == [*one, *one, "~plan", "~handle", "~plan", "~handle"]
+
+
+def test_what_is_refused_names_the_call_and_the_shapes(tmp_path: Path) -> None:
+    code = """
+for attempt in (lambda: run(layer(algorithm=99)), lambda: run(layer(), weight=99),
+                lambda: run(layer(device=1))):
+    try:
+        attempt()
+    except RuntimeError as error:
+        print("error", type(error).__name__, error)
+"""
+    errors = [line for line in drive(tmp_path, code) if line.startswith("error")]
+    assert errors == [
+        "error LibraryError cusparseLtMatmulAlgSetAttribute failed with "
+        "CUSPARSE_STATUS_NOT_SUPPORTED (operation not supported) for bfloat16 W [32, 64] on "
+        "cuda:0, x [8, 64], no bias, algorithm 99, split-k 1 mode 0 (attribute 0 = 99)",
+        "error RuntimeError the compressed weight has 99 bytes, cuSPARSELt needs 100 for bfloat16 "
+        "W [32, 64] on cuda:0, x [8, 64], no bias, algorithm default, split-k 1 mode 0",
+        "error RuntimeError the tensors are on cuda:1, but the current device is cuda:0",
+    ]
+
+
+def test_compressing_asks_for_the_size(tmp_path: Path) -> None:
+    code = "print(cuda.compressed_size(0, 1, 32, 64))\ncuda.compress_2to4(0, 1, 32, 64, 1, 2, 3, 4)"
+    weight = "sparse 64x32/64 16 2 1"
+    expected = [*START, weight, "(100, 10)", weight, "compress 1 1", "~handle"]
+    assert drive(tmp_path, code) == expected
 
 
 # -- what can be compressed

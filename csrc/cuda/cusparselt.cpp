@@ -48,18 +48,16 @@ const Api& load(const std::string& path) {
     }
   }
   const auto& [major, minor, patch] = found->version;
-  if (std::tie(major, minor, patch) < std::make_tuple(0, 7, 1)) {
+  if (std::tie(major, minor, patch) < std::make_tuple(0, 8, 0)) {
     throw std::runtime_error(path + " is cuSPARSELt " + std::to_string(major) + "." +
                              std::to_string(minor) + "." + std::to_string(patch) +
-                             ": too old, 0.7.1 or later is needed");
+                             ": too old, 0.8.0 or later is needed");
   }
 #define PROXSPARSE_FIND(name, arguments) find(library.get(), path, #name, found->name);
   PROXSPARSE_CUSPARSELT_FUNCTIONS(PROXSPARSE_FIND)
 #undef PROXSPARSE_FIND
   find(library.get(), path, "cusparseLtGetErrorName", found->cusparseLtGetErrorName);
   find(library.get(), path, "cusparseLtGetErrorString", found->cusparseLtGetErrorString);
-  found->cusparseLtMatmulAlgSelectionDestroy = reinterpret_cast<Status (*)(const AlgSelection*)>(
-      dlsym(library.get(), "cusparseLtMatmulAlgSelectionDestroy"));
   // Never unloaded: threads that end at exit still destroy their handles.
   library.release();
   g_api = found.release();

@@ -1,7 +1,7 @@
 // cuSPARSELt, loaded at run time: no NVIDIA header and no library is needed to build.
 //
-// The values and signatures below are those of the headers of cuSPARSELt 0.7.1, 0.8.1 and 0.10.0,
-// which agree on them; tests/test_backend_cuda.py compares them with an installed header. Only what
+// The values and signatures below are those of the headers of cuSPARSELt 0.8.1 and 0.10.0, which
+// agree on them; tests/test_backend_cuda.py compares them with an installed header. Only what
 // this package calls is declared.
 #pragma once
 
@@ -28,10 +28,10 @@ constexpr int kAlgorithmMaxId = 1;
 constexpr int kSplitK = 3;
 constexpr int kSplitKMode = 4;
 
-// The library's objects are opaque, 1024 bytes each in 0.7 and 512 later. They hold pointers to one
-// another, so they never move while in use.
+// The library's objects are opaque. They may hold pointers to one another, so they never move while
+// in use.
 struct alignas(16) Opaque {
-  std::uint8_t data[1024];
+  std::uint8_t data[512];
 };
 struct Handle : Opaque {};
 struct MatDescriptor : Opaque {};
@@ -57,6 +57,7 @@ struct MatmulPlan : Opaque {};
     (const Handle*, MatmulDescriptor*, int attribute, const void*, std::size_t))                  \
   X(cusparseLtMatmulAlgSelectionInit,                                                             \
     (const Handle*, AlgSelection*, const MatmulDescriptor*, int algorithm))                       \
+  X(cusparseLtMatmulAlgSelectionDestroy, (const AlgSelection*))                                   \
   X(cusparseLtMatmulAlgSetAttribute,                                                              \
     (const Handle*, AlgSelection*, int attribute, const void*, std::size_t))                      \
   X(cusparseLtMatmulAlgGetAttribute,                                                              \
@@ -82,8 +83,6 @@ struct Api {
 #undef PROXSPARSE_MEMBER
   const char* (*cusparseLtGetErrorName)(Status);
   const char* (*cusparseLtGetErrorString)(Status);
-  // New in 0.8; null before, when there was nothing to free.
-  Status (*cusparseLtMatmulAlgSelectionDestroy)(const AlgSelection*);
 };
 
 // A call that cuSPARSELt refused: its own text, the call and the shapes.
@@ -94,7 +93,7 @@ class LibraryError : public std::runtime_error {
 
 // Loads the library once per process; `path` is absolute, or a bare name for the system's loader.
 // A second call with the same path does nothing. Throws std::runtime_error with the loader's text,
-// the missing function, or the version when it is older than 0.7.1.
+// the missing function, or the version when it is older than 0.8.0.
 const Api& load(const std::string& path);
 
 // The library, once loaded; throws std::runtime_error before.

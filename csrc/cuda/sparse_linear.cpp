@@ -100,8 +100,7 @@ class Owned {
  public:
   Owned() = default;
   ~Owned() {
-    const auto function = lt::api().*destroy;
-    if (is_made_ && function) function(&object_);
+    if (is_made_) (lt::api().*destroy)(&object_);
   }
   Owned(const Owned&) = delete;
   Owned& operator=(const Owned&) = delete;
