@@ -241,7 +241,7 @@ def main() -> None:
     os.dup2(2, 1)
     device = int(sys.argv[1])
     torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     with torch.inference_mode():
         bench = Bench(device)
         print(json.dumps({"ready": True}), file=channel)
