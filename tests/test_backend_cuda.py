@@ -144,6 +144,10 @@ def test_the_version_with_a_known_regression_is_named() -> None:
     assert not cusparselt.version_warning((0, 8, 0), (8, 0))
 
 
+def test_python_and_cpp_mean_the_same_by_the_librarys_choice() -> None:
+    assert cusparselt.extension.LIBRARY_CHOICE == tuning.LIBRARY_CHOICE
+
+
 def enumerators(header: str) -> dict[str, int]:
     """Values of the enumerators in C source."""
     values = {}

@@ -235,6 +235,27 @@ def test_a_table_survives_the_process(cache: Path) -> None:
     assert len(Table("NVIDIA H100", "0.8.1")) == len(Table("NVIDIA H200", "0.10.0")) == 0
 
 
+def test_the_users_table_goes_over_the_one_that_ships(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = CELL._replace(n=8192)
+    shipped = table()
+    for cell in (CELL, other):
+        shipped.put(cell, record(cusparselt=(1.2, 1.2)))
+    shipped.save()
+    (tmp_path / "tables").mkdir()
+    shipped.path.rename(tmp_path / "tables" / shipped.path.name)
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    tune(FakeWorker({library(3): 1.5}), CELL._replace(bucket=16))
+    own = Table("NVIDIA H200", "0.8.1")
+    own.put(CELL, record(cusparselt=(1.4, 1.4)))
+    own.save()
+    again = table()
+    assert len(again) == 3
+    assert again.get(CELL).timings["cusparselt"].speedup == 1.4
+    assert again.get(other).timings["cusparselt"].speedup == 1.2
+
+
 @pytest.mark.parametrize(
     "content",
     [
