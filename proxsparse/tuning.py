@@ -207,7 +207,12 @@ class Table:
         self._records: dict[str, Record] = {}
         self._banned: dict[str, str] = {}
         for path in (Path(__file__).with_name("tables") / name, self.path):
-            self._read(path)
+            records, banned = _read_table(path)
+            self._records |= records
+            self._banned |= banned
+        # What this process found: alone written, so that a newer table that ships is not hidden
+        # under a copy of an older one.
+        self._own: tuple[dict[str, Record], dict[str, str]] = {}, {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -218,35 +223,16 @@ class Table:
 
     def put(self, cell: Cell, record: Record) -> None:
         """Keeps what was found; `save` writes it."""
-        self._records[str(cell)] = record
+        self._records[str(cell)] = self._own[0][str(cell)] = record
 
     def ban(self, dtype: str, candidate: Candidate, reason: str) -> None:
         """Never tries the candidate again for this dtype."""
-        self._banned[f"{dtype} {candidate}"] = reason
+        name = f"{dtype} {candidate}"
+        self._banned[name] = self._own[1][name] = reason
 
     def ban_reason(self, dtype: str, candidate: Candidate) -> str:
         """Why the candidate is banned for the dtype; empty if it is not."""
         return self._banned.get(f"{dtype} {candidate}", "")
-
-    def _read(self, path: Path) -> None:
-        """Adds a file's records; a damaged file is ignored with a warning."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != _FORMAT:
-                raise ValueError(f"its format is {content['format']}, not {_FORMAT}")
-            records = {name: _parse_record(entry) for name, entry in content["cells"].items()}
-            banned = {str(name): str(reason) for name, reason in content["banned"].items()}
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(
-                f"the tuning table {path} is ignored: it cannot be read ({error!r}); the next "
-                "tuning run writes it anew",
-                stacklevel=2,
-            )
-            return
-        self._records |= records
-        self._banned |= banned
 
     def save(self) -> None:
         """Writes the user's file: what others wrote since is kept, and no reader sees half a file.
@@ -260,31 +246,49 @@ class Table:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                ours = self._records, self._banned
-                if self.path.exists():
-                    self._records, self._banned = {}, {}
-                    self._read(self.path)
-                self._records |= ours[0]
-                self._banned |= ours[1]
-                self._write()
+                records, banned = _read_table(self.path)
+                records |= self._own[0]
+                banned |= self._own[1]
+                self._write(records, banned)
         except OSError as error:
             raise ProxsparseError(
                 f"the tuning table {self.path} cannot be written ({error}): name another directory "
                 "in PROXSPARSE_CACHE"
             ) from error
+        self._records |= records
+        self._banned |= banned
 
-    def _write(self) -> None:
+    def _write(self, records: dict[str, Record], banned: dict[str, str]) -> None:
         content = {
             "format": _FORMAT,
             "gpu": self.gpu,
             "cusparselt": self.library,
-            "banned": dict(sorted(self._banned.items())),
-            "cells": {name: _record_json(self._records[name]) for name in sorted(self._records)},
+            "banned": dict(sorted(banned.items())),
+            "cells": {name: _record_json(records[name]) for name in sorted(records)},
         }
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         os.replace(temporary, self.path)
+
+
+def _read_table(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
+    """A file's records and bans; none of a file that is not there, or damaged (with a warning)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']}, not {_FORMAT}")
+        records = {name: _parse_record(entry) for name, entry in content["cells"].items()}
+        return records, {str(name): str(reason) for name, reason in content["banned"].items()}
+    except FileNotFoundError:
+        return {}, {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"the tuning table {path} is ignored: it cannot be read ({error!r}); the next tuning "
+            "run writes it anew",
+            stacklevel=3,
+        )
+        return {}, {}
 
 
 def _record_json(record: Record) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -250,6 +251,7 @@ def test_the_users_table_goes_over_the_one_that_ships(
     own = Table("NVIDIA H200", "0.8.1")
     own.put(CELL, record(cusparselt=(1.4, 1.4)))
     own.save()
+    assert len(json.loads(own.path.read_text())["cells"]) == 2, "what shipped is not copied"
     again = table()
     assert len(again) == 3
     assert again.get(CELL).timings["cusparselt"].speedup == 1.4
