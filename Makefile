@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
@@ -34,4 +34,4 @@ $(BIN)/python:
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
-	rm -f proxsparse/*.so proxsparse/_build_error.txt
+	rm -f proxsparse/*.so proxsparse/_build_error_*.txt

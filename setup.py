@@ -1,9 +1,10 @@
-"""Builds the C++ extension with ninja; everything else about the package is in pyproject.toml.
+"""Builds the C++ extensions with ninja; everything else about the package is in pyproject.toml.
 
-The extension needs a C++17 compiler and no torch: it takes pointers. Without a compiler the
-package installs and runs on the PyTorch reference, and says so here and in `proxsparse env`. The
-environment variable PROXSPARSE_BUILD forces the choice: `cpu` fails where the extension cannot be
-built, `none` leaves it out, `cuda` fails: this version has no GPU code to compile.
+`_cpu` needs a C++17 compiler, `_cuda` the same on Linux, and neither needs torch: they take
+pointers. The CUDA kernels inside `_cuda` need nvcc as well. What cannot be built is left out: the
+package installs, runs on what is there, and says so here and in `proxsparse env`. The environment
+variable PROXSPARSE_BUILD forces the choice: `cuda` fails unless everything is built, `cpu` fails
+unless `_cpu` is and leaves `_cuda` out, `none` leaves out both.
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ COMPILE_FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-unknown-pragmas"),
 ]
 LINK_FLAGS = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+# sm_80 with PTX runs on everything since Ampere; 90a is Hopper with its own instructions.
+CUDA_FLAGS = [
+    *("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xcompiler=-Wall"),
+    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    "-gencode=arch=compute_90a,code=sm_90a",
+]
+# nvcc links, and brings the runtime in statically: the machine that runs it needs only a driver.
+CUDA_LINK_FLAGS = "-shared -cudart static"
+KERNELS = "cuda_kernels"  # the .cu sources of `_cuda`, in what is built and what is left out
+PARTS = ("_cpu", "_cuda", KERNELS)
 
 NINJA_RULES = """\
 rule compile
@@ -37,8 +48,13 @@ rule compile
   depfile = $out.d
   deps = gcc
   description = compile $in
+rule compile_cuda
+  command = $nvcc $cudaflags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in
 rule link
-  command = $cxx $in $ldflags -o $out
+  command = $linker $in $ldflags -o $out
   description = link $out
 """
 
@@ -51,31 +67,51 @@ def find_compiler() -> list[str] | None:
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-def choose_build(forced: str, has_compiler: bool) -> tuple[bool, str]:
-    """Whether to build the extension, and the reason when not.
+def find_nvcc() -> str | None:
+    """The CUDA compiler: in CUDA_HOME, on PATH or where NVIDIA's installers put it."""
+    homes = [os.environ["CUDA_HOME"]] if os.environ.get("CUDA_HOME") else []
+    folders = [os.path.join(home, "bin") for home in homes]
+    folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(filter(None, folders)))
+
+
+def choose_build(
+    forced: str, has_compiler: bool, has_nvcc: bool, has_kernels: bool, platform: str
+) -> dict[str, str]:
+    """Which of PARTS to leave out, and the reason for each.
 
     Args:
         forced: the value of PROXSPARSE_BUILD, empty for the automatic choice.
         has_compiler: whether a C++ compiler was found.
+        has_nvcc: whether a CUDA compiler was found.
+        has_kernels: whether there is CUDA source to compile.
+        platform: `sys.platform`.
 
     Raises:
         SetupError: the value is unknown, or what it forces is impossible.
     """
     if forced not in ("", *CHOICES):
         raise SetupError(f"PROXSPARSE_BUILD is {forced!r}: it must be one of {', '.join(CHOICES)}")
-    if forced == "cuda":
-        raise SetupError(
-            "PROXSPARSE_BUILD=cuda, but this version has no CUDA extension to compile: its GPU "
-            "kernels are Triton and need no build step. Unset it, or use PROXSPARSE_BUILD=cpu"
-        )
     if forced == "none":
-        return False, "PROXSPARSE_BUILD=none"
+        return dict.fromkeys(PARTS, "PROXSPARSE_BUILD=none")
+    left_out = {}
     if not has_compiler:
         reason = "no C++ compiler was found (looked for $CXX, c++, g++ and clang++)"
-        if forced:
-            raise SetupError(f"PROXSPARSE_BUILD={forced}, but {reason}")
-        return False, reason
-    return True, ""
+        left_out = dict.fromkeys(PARTS, reason)
+    elif platform != "linux":
+        left_out = dict.fromkeys(("_cuda", KERNELS), f"CUDA is for Linux, this is {platform}")
+    elif not has_nvcc:
+        places = "looked in $CUDA_HOME/bin, PATH and /usr/local/cuda/bin"
+        left_out = {KERNELS: f"no nvcc was found ({places})"}
+    required = {"": (), "cpu": ("_cpu",), "cuda": PARTS}[forced]
+    for part in required:
+        if part in left_out:
+            raise SetupError(f"PROXSPARSE_BUILD={forced}, but {left_out[part]}")
+    if not has_kernels:
+        left_out.setdefault(KERNELS, "csrc/cuda has no .cu file to compile")
+    if forced == "cpu":
+        left_out |= dict.fromkeys(("_cuda", KERNELS), "PROXSPARSE_BUILD=cpu")
+    return left_out
 
 
 def report(message: str) -> None:
@@ -110,28 +146,29 @@ def escape(path: Path) -> str:
 
 
 def write_ninja(
-    folder: Path,
-    target: Path,
-    sources: list[Path],
-    cxx: list[str],
-    cflags: list[str],
-    ldflags: str,
-    python_flags: list[str],
+    folder: Path, target: Path, sources: list[Path], variables: dict[str, str], module_cflags: str
 ) -> None:
     """Writes folder/build.ninja, which compiles each source in parallel and links `target`.
 
     ninja compares commands and follows headers, so a second build compiles what changed. Only
-    module.cpp gets `python_flags`: build isolation moves pybind11 with every build.
+    module.cpp gets `module_cflags`: build isolation moves pybind11 with every build.
+
+    Args:
+        folder: of the build file and the objects.
+        target: the extension module.
+        sources: .cpp and .cu files.
+        variables: of NINJA_RULES, as the shell reads them.
+        module_cflags: the cflags of module.cpp.
     """
-    variables = {"cxx": shlex.join(cxx), "cflags": shlex.join(cflags), "ldflags": ldflags}
     lines = [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
     lines.append(NINJA_RULES)
     objects = []
     for source in sources:
         objects.append(escape(folder / f"{source.stem}.o"))
-        lines.append(f"build {objects[-1]}: compile {escape(source)}")
+        rule = "compile_cuda" if source.suffix == ".cu" else "compile"
+        lines.append(f"build {objects[-1]}: {rule} {escape(source)}")
         if source.name == "module.cpp":
-            lines.append(f"  cflags = {shlex.join([*cflags, *python_flags]).replace('$', '$$')}")
+            lines.append(f"  cflags = {module_cflags.replace('$', '$$')}")
     lines.append(f"build {escape(target)}: link {' '.join(objects)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -141,32 +178,53 @@ class NinjaBuild(build_ext):
     """build_ext whose compiling and linking is ninja's."""
 
     def build_extensions(self) -> None:
-        """Builds the extension, or leaves it out and keeps the reason beside the package.
+        """Builds what can be built, and keeps the reasons for the rest beside the package.
 
         Raises:
             SetupError: PROXSPARSE_BUILD forces what is impossible here.
         """
         forced = os.environ.get("PROXSPARSE_BUILD", "")
-        build, reason = choose_build(forced, find_compiler() is not None)
-        if build:
+        self.left_out = choose_build(
+            forced,
+            find_compiler() is not None,
+            find_nvcc() is not None,
+            any(is_cuda(source) for extension in self.extensions for source in extension.sources),
+            sys.platform,
+        )
+        for extension in self.extensions:
+            part = extension.name.removeprefix("proxsparse.")
+            if part not in self.left_out:
+                self.build_or_leave_out(extension, part, forced)
+        package = ROOT / "proxsparse" if self.editable_mode else Path(self.build_lib, "proxsparse")
+        package.mkdir(parents=True, exist_ok=True)
+        for part in PARTS:
+            note = package / f"_build_error_{part.strip('_')}.txt"
+            if part not in self.left_out:
+                note.unlink(missing_ok=True)
+                continue
+            for stale in package.glob(f"{part}.*.so"):
+                stale.unlink()
+            note.write_text(self.left_out[part] + "\n")
+            report(f"{part} is left out: {self.left_out[part]}")
+        if "_cpu" in self.left_out:
+            report("ops on CPU tensors will run on the PyTorch reference, which is much slower")
+
+    def build_or_leave_out(self, ext: Extension, part: str, forced: str) -> None:
+        """Builds one extension; where the compiler fails, without its CUDA kernels or not at all.
+
+        Raises:
+            CompileError: it is forced and fails.
+        """
+        while True:
             try:
-                for extension in self.extensions:
-                    self.build_extension(extension)
+                return self.build_extension(ext)
             except CompileError as error:
                 if forced:
                     raise
-                reason = str(error)
-        package = ROOT / "proxsparse" if self.editable_mode else Path(self.build_lib, "proxsparse")
-        note = package / "_build_error.txt"
-        if not reason:
-            note.unlink(missing_ok=True)
-            return
-        for stale in package.glob("_cpu.*"):
-            stale.unlink()
-        package.mkdir(parents=True, exist_ok=True)
-        note.write_text(reason + "\n")
-        report(f"the C++ extension is left out: {reason}")
-        report("ops on CPU tensors will run on the PyTorch reference, which is much slower")
+                has_kernels = part == "_cuda" and KERNELS not in self.left_out
+                self.left_out[KERNELS if has_kernels else part] = str(error)
+                if not has_kernels:
+                    return None
 
     def build_extension(self, ext: Extension) -> None:
         """Compiles and links one extension.
@@ -182,37 +240,65 @@ class NinjaBuild(build_ext):
         compiler = find_compiler()
         assert compiler is not None, "choose_build saw one"
         cflags, ldflags = COMPILE_FLAGS, LINK_FLAGS
-        if compiles(compiler, ["-fopenmp"]):
-            cflags, ldflags = [*cflags, "-fopenmp"], ldflags + " -fopenmp"
+        sources = [ROOT / source for source in ext.sources]
+        linker = shlex.join(compiler)
+        nvcc = find_nvcc() or "nvcc"
+        if ext.name == "proxsparse._cpu":
+            if compiles(compiler, ["-fopenmp"]):
+                cflags, ldflags = [*cflags, "-fopenmp"], ldflags + " -fopenmp"
+            else:
+                report(f"{compiler[0]} has no OpenMP: {ext.name} will use one thread")
+        elif KERNELS in self.left_out:
+            sources = [source for source in sources if not is_cuda(source)]
+            ldflags += " -ldl"
         else:
-            report(f"{compiler[0]} has no OpenMP: {ext.name} will use one thread")
+            cflags = [*cflags, "-DPROXSPARSE_HAS_DECODE"]
+            linker, ldflags = shlex.quote(nvcc), CUDA_LINK_FLAGS + " -ldl"
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        machine = f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / machine / ext.name.rpartition(".")[2]
         includes = (pybind11.get_include(), sysconfig.get_path("include"))
-        write_ninja(
-            folder,
-            target,
-            [ROOT / source for source in ext.sources],
-            compiler,
-            cflags,
-            ldflags,
-            [f"-I{include}" for include in includes],
-        )
+        variables = {
+            "cxx": shlex.join(compiler),
+            "cflags": shlex.join(cflags),
+            "nvcc": shlex.quote(nvcc),
+            "cudaflags": shlex.join(CUDA_FLAGS),
+            "linker": linker,
+            "ldflags": ldflags,
+        }
+        module_cflags = shlex.join([*cflags, *(f"-I{include}" for include in includes)])
+        write_ninja(folder, target, sources, variables, module_cflags)
         if subprocess.run([ninja, "-C", str(folder)]).returncode:
             raise CompileError("the compiler failed; `pip install -v` shows its messages")
 
 
+def is_cuda(source: str | Path) -> bool:
+    """Whether nvcc compiles it."""
+    return Path(source).suffix == ".cu"
+
+
+def find_sources(folder: str) -> list[str]:
+    """The sources of one extension, relative to this file."""
+    paths = (ROOT / "csrc" / folder).glob("*.c*")
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+
 if __name__ == "__main__":
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
     setup(
         packages=[
             *find_packages(include=["proxsparse", "proxsparse.*"]),
             *("proxsparse.demo_model", "proxsparse.kernels"),
         ],
         package_dir={"proxsparse.kernels": "kernels"},
-        package_data={"proxsparse": ["py.typed"], "proxsparse.demo_model": ["*"]},
-        # optional: whether it is built is decided in NinjaBuild.
-        ext_modules=[Extension("proxsparse._cpu", sources, optional=True)],
+        package_data={
+            "proxsparse": ["py.typed", "tables/*.json"],
+            "proxsparse.demo_model": ["*"],
+        },
+        # optional: whether they are built is decided in NinjaBuild.
+        ext_modules=[
+            Extension(f"proxsparse._{name}", find_sources(name), optional=True)
+            for name in ("cpu", "cuda")
+        ],
         cmdclass={"build_ext": NinjaBuild},
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 try:
     from proxsparse import _cpu
 except ImportError as error:
-    _note = Path(__file__).with_name("_build_error.txt")  # written by setup.py
+    _note = Path(__file__).with_name("_build_error_cpu.txt")  # written by setup.py
     _reason = _note.read_text().strip() if _note.exists() else str(error)
     raise ImportError(f"the C++ extension was not built: {_reason}") from error
 

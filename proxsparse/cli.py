@@ -271,6 +271,8 @@ def env(*, console: Console) -> dict[str, Any]:
     for name, version in result["versions"].items():
         console.print(f"{name:14} {version}", highlight=False)
     console.print(f"{'devices':14} {'; '.join(result['devices'])}", highlight=False)
+    for name, description in result["cuda"].items():
+        console.print(f"{'cuda ' + name:17} {description}", highlight=False)
     table = Table("op", *next(iter(result["ops"].values())))
     for op, backends in result["ops"].items():
         table.add_row(op, *backends.values())

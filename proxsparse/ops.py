@@ -40,6 +40,7 @@ OPS = (
     "prox_adamw_",
     "gate_update_",
     "sparse_linear",
+    "compress_2to4",
 )
 _FAST = {
     "cpu": ("cpu",),
@@ -74,14 +75,14 @@ def use_backend(name: str) -> Iterator[None]:
 def implementation(op: str, backend: str) -> Callable[..., Any] | str:
     """The function that runs `op` on `backend`, or the reason in words why there is none."""
     if backend == "reference":
-        function: Callable[..., Any] = getattr(reference, op)
-        return function
+        defined: Callable[..., Any] | str = getattr(reference, op, f"reference has no {op}")
+        return defined
     stem = op.rstrip("_")
     module = (
         f"proxsparse.kernels.{stem}" if backend == "triton" else f"proxsparse.backend_{backend}"
     )
     try:
-        function = getattr(importlib.import_module(module), f"{stem}_{backend}")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), f"{stem}_{backend}")
     except ModuleNotFoundError as error:
         if error.name == module:
             return f"{backend} has no {op}"
@@ -115,9 +116,14 @@ def _choose(op: str, first: Tensor) -> Callable[..., Any]:
         raise ProxsparseError(
             f"backend {forced!r} was asked for, but cannot run {op}: {reasons[0]}"
         )
+    defined = implementation(op, "reference")
+    if isinstance(defined, str):
+        raise ProxsparseError(
+            f"{op} cannot run on {first.device.type}: {'; '.join([*reasons, defined])}"
+        )
     if reasons:
         _log_once(f"{op} runs on the reference backend: {'; '.join(dict.fromkeys(reasons))}")
-    return getattr(reference, op)  # type: ignore[no-any-return]
+    return defined
 
 
 @functools.cache
@@ -144,6 +150,7 @@ for _schema in (
     f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard) -> ()",
     "sparse_linear(Tensor x, Tensor values, Tensor codes, Tensor? bias, Tensor? compressed, "
     "Tensor? dense) -> Tensor",
+    "compress_2to4(Tensor w) -> Tensor",
 ):
     _library.define(_schema)  # type: ignore[no-untyped-call]
 
@@ -173,6 +180,10 @@ _register(
 _register("prox_adamw_", lambda *_: None)
 _register("gate_update_", lambda *_: None)
 _register("sparse_linear", lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]))
+_register(  # only the library knows the size
+    "compress_2to4",
+    lambda w: w.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
+)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -278,14 +289,19 @@ def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_groups("w", w)
     w = w.contiguous()
-    if not torch.compiler.is_compiling() and not is_2to4(w):
-        group = int((w.reshape(-1, 4) != 0).sum(-1).gt(2).nonzero()[0])
-        row, column = divmod(4 * group, w.shape[-1])
-        raise ProxsparseError(
-            f"w is not 2:4: row {row}, columns {column} to {column + 3} hold "
-            f"{w.reshape(-1, 4)[group].tolist()}; prune it first, e.g. with project_2to4"
-        )
+    _check_2to4(w)
     return _op.pack_2to4(w)  # type: ignore[no-any-return]
+
+
+def _check_2to4(w: Tensor) -> None:
+    if torch.compiler.is_compiling() or is_2to4(w):
+        return
+    group = int((w.reshape(-1, 4) != 0).sum(-1).gt(2).nonzero()[0])
+    row, column = divmod(4 * group, w.shape[-1])
+    raise ProxsparseError(
+        f"w is not 2:4: row {row}, columns {column} to {column + 3} hold "
+        f"{w.reshape(-1, 4)[group].tolist()}; prune it first, e.g. with project_2to4"
+    )
 
 
 def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
@@ -425,6 +441,50 @@ def sparse_linear(
         )
     if bias is not None and list(bias.shape) != [n]:
         raise ProxsparseError(f"bias is {list(bias.shape)}: the weight has {n} out_features")
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        raise ProxsparseError(
+            f"x is {x.dtype} on {x.device}, but the bias is {bias.dtype} on {bias.device}: they "
+            "must agree"
+        )
     return _op.sparse_linear(  # type: ignore[no-any-return]
         x, values, codes, bias, compressed, dense
     )
+
+
+def can_compress(n: int, k: int, dtype: torch.dtype) -> str:
+    """Why `compress_2to4` cannot take a weight [n, k] of this dtype here; empty when it can."""
+    try:
+        backend = importlib.import_module("proxsparse.backend_cuda")
+    except ImportError as error:
+        return str(error)
+    return backend.can_compress(n, k, dtype)  # type: ignore[no-any-return]
+
+
+def compress_2to4(w: Tensor) -> Tensor:
+    """The form of a 2:4 weight that cuSPARSELt multiplies with, for `sparse_linear`'s `compressed`.
+
+    Args:
+        w: [N, K], bfloat16 or float16, on a CUDA device; N and K multiples of 16.
+
+    Returns:
+        uint8, 1-D, opaque: about 9/16 of w's bytes. There is no definition of it in `reference`;
+        store what `pack_2to4` returns and make this anew.
+
+    Raises:
+        ProxsparseError: `can_compress` has a reason against it, w is not on a CUDA device, or a
+            group has three or four non-zeros; the first one is named. (Checking reads one flag
+            back to the host; inside torch.compile it is skipped.)
+    """
+    _check_groups("w", w)
+    if w.dim() != 2:
+        raise ProxsparseError(f"w is {list(w.shape)}: a weight [N, K] is needed")
+    if w.device.type != "cuda":
+        raise ProxsparseError(
+            f"w is on {w.device}: cuSPARSELt's form of a weight exists on CUDA devices only"
+        )
+    reason = can_compress(w.shape[0], w.shape[1], w.dtype)
+    if reason:
+        raise ProxsparseError(f"w cannot be compressed: {reason}")
+    w = w.contiguous()
+    _check_2to4(w)
+    return _op.compress_2to4(w)  # type: ignore[no-any-return]

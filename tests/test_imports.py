@@ -27,10 +27,15 @@ FILES |= {
 }
 MODULES = [name for name in FILES if not name.startswith("proxsparse.kernels")]
 KERNEL_MODULES = [name for name in FILES if name.startswith("proxsparse.kernels")]
+EXTENSIONS = ("proxsparse._cpu", "proxsparse._cuda")
 # A module imports from its own line and those above it.
 LAYERS = (
-    ("_cpu", "kernels", "proxsparse"),  # the package's own file knows its members by name only
-    ("errors", "config", "reference", "ops", "backend_cpu", "plots"),
+    # The package's own file knows its members by name only.
+    ("_cpu", "_cuda", "kernels", "proxsparse"),
+    ("errors", "config", "reference", "ops", "backend_cpu", "plots", "cusparselt"),
+    ("tuning",),
+    ("backend_cuda",),
+    ("tuning_worker",),
     ("targets", "precision", "checkpoint", "corpus"),
     ("masks", "observe", "calibration", "loading"),
     ("evaluate", "layerwise"),
@@ -73,7 +78,7 @@ def imports(module: str, *, lazy: bool = True) -> set[str]:
             base = ".".join([*above, *([base] if base else [])])
         for alias in statement.names:
             member = f"{base}.{alias.name}"
-            found.add(member if member in FILES or member == "proxsparse._cpu" else base)
+            found.add(member if member in FILES or member in EXTENSIONS else base)
     return found
 
 
@@ -125,6 +130,14 @@ def test_the_cpu_backend_joins_the_extension_to_torch_and_no_more() -> None:
     assert first_party(names) == {"_cpu"}
 
 
+def test_the_cuda_backend_knows_its_library_and_what_to_run() -> None:
+    names = imports("proxsparse.backend_cuda")
+    assert third_party(names) == {"torch"}
+    assert first_party(names) == {"cusparselt", "errors", "tuning"}
+    assert first_party(imports("proxsparse.cusparselt")) == {"_cuda", "errors"}
+    assert first_party(imports("proxsparse.tuning")) == {"cusparselt", "errors"}
+
+
 @pytest.mark.parametrize("module", ["proxsparse.errors", "proxsparse.config"])
 def test_configs_and_errors_need_no_library(module: str) -> None:
     names = imports(module)
@@ -135,8 +148,12 @@ def test_configs_and_errors_need_no_library(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_backends_are_reached_through_ops_only(module: str) -> None:
     names = {name.split(".")[0] for name in first_party(imports(module))}
-    allowed = {"_cpu"} if module == "proxsparse.backend_cpu" else set()
-    assert names & {"kernels", "_cpu", "backend_cpu"} == allowed
+    allowed = {
+        "proxsparse.backend_cpu": {"_cpu"},
+        "proxsparse.cusparselt": {"_cuda"},
+        "proxsparse.tuning_worker": {"backend_cuda"},  # measures what ops would not choose
+    }.get(module, set())
+    assert names & {"kernels", "_cpu", "_cuda", "backend_cpu", "backend_cuda"} == allowed
     assert "triton" not in third_party(imports(module))
 
 
@@ -192,7 +209,8 @@ def test_import_loads_no_library_and_prints_nothing() -> None:
 def test_ops_load_neither_a_model_library_nor_a_backend() -> None:
     done = run_python(
         "import sys, proxsparse.ops\n"
-        "backends = {'proxsparse._cpu', 'proxsparse.backend_cpu', 'proxsparse.kernels'}\n"
+        "backends = {'_cpu', '_cuda', 'backend_cpu', 'backend_cuda', 'kernels'}\n"
+        "backends = {f'proxsparse.{name}' for name in backends}\n"
         "assert not backends & set(sys.modules)\n" + LOADED
     )
     assert "transformers" not in done.stdout.split()

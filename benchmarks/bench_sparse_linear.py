@@ -1,0 +1,404 @@
+"""The linear layer of a 2:4 weight against dense cuBLAS and against PyTorch's own 2:4 path.
+
+    python benchmarks/bench_sparse_linear.py [--models NAME ...] [--tokens M ...] [--quick]
+        [--dtype bfloat16|float16] [--tune-seconds S] [--out DIR]
+
+Shapes are the linear layers of five models, from one token to 16384. All backends of a cell are
+timed in turn on the same random data, with enough weights in rotation to leave the L2 cache behind,
+once replayed from a CUDA graph and once called in eager mode with the host's time in it. PyTorch's
+path gets its best algorithm, by trying all of them on the cell. Needs a GPU with sparse tensor
+cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import copy_bandwidth, describe_run, results_directory, time_once
+from torch import Tensor
+
+from proxsparse import ops, tuning
+
+# (N, K, has_bias) of the layers of a block; q, k and v of a model share K, gate and up are alike.
+MODELS = {
+    "llama-2-7b": [(4096, 4096, False), (11008, 4096, False), (4096, 11008, False)],
+    "llama-3.1-8b": [
+        *((4096, 4096, False), (1024, 4096, False)),
+        *((14336, 4096, False), (4096, 14336, False)),
+    ],
+    "llama-3-70b": [
+        *((8192, 8192, False), (1024, 8192, False)),
+        *((28672, 8192, False), (8192, 28672, False)),
+    ],
+    "qwen2.5-7b": [
+        *((3584, 3584, True), (512, 3584, True), (3584, 3584, False)),
+        *((18944, 3584, False), (3584, 18944, False)),
+    ],
+    "qwen2.5-14b": [
+        *((5120, 5120, True), (1024, 5120, True), (5120, 5120, False)),
+        *((13824, 5120, False), (5120, 13824, False)),
+    ],
+}
+TOKENS = tuple(2**i for i in range(15))
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_WEIGHTS = 64
+ROUND_SECONDS = 2e-3  # that one round times, at least
+MAX_ALGORITHMS = 64  # tried for PyTorch's path; its library has fewer
+
+
+@dataclasses.dataclass
+class Weight:
+    """One 2:4 weight in the forms of all backends; `theirs` is PyTorch's."""
+
+    dense: Tensor
+    values: Tensor
+    codes: Tensor
+    compressed: Tensor
+    theirs: Tensor
+
+
+@dataclasses.dataclass
+class Case:
+    """One layer at one token count, and what runs on it."""
+
+    n: int
+    k: int
+    has_bias: bool
+    tokens: int
+    x: Tensor
+    bias: Tensor | None
+    weights: list[Weight]
+
+    @property
+    def name(self) -> str:
+        """As the table has it."""
+        return f"{self.n}x{self.k}{' bias' if self.has_bias else ''}"
+
+    def dense(self, weight: Weight) -> Tensor:
+        """Runs cuBLAS on the same weight with its zeros."""
+        return torch.nn.functional.linear(self.x, weight.dense, self.bias)
+
+    def ours(self, weight: Weight) -> Tensor:
+        """What the backend chooses, with every form of the weight at hand."""
+        forms = weight.values, weight.codes, self.bias, weight.compressed, weight.dense
+        return SPARSE_LINEAR(self.x, *forms)
+
+    def theirs_eager(self, weight: Weight) -> Tensor:
+        """PyTorch's path as its documentation has it used."""
+        return torch.nn.functional.linear(self.x, weight.theirs, self.bias)
+
+    def theirs_with(self, algorithm: int) -> Callable[[Weight], Tensor]:
+        """PyTorch's product with one algorithm; x is padded beforehand, which is not timed."""
+        padded = torch.nn.functional.pad(self.x, (0, 0, 0, -self.tokens % 8))
+
+        def run(weight: Weight) -> Tensor:
+            result = torch._cslt_sparse_mm(
+                weight.theirs.packed,
+                padded.t(),
+                bias=self.bias,
+                transpose_result=True,
+                alg_id=algorithm,
+            )
+            return result[: self.tokens]
+
+        return run
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def check(case: Case) -> None:
+    """Raises unless our product is as exact as dense's, within 10 %."""
+    weight = case.weights[0]
+    exact = case.x.double() @ weight.dense.double().T
+    if case.bias is not None:
+        exact += case.bias.double()
+    ours, dense = error(case.ours(weight), exact), error(case.dense(weight), exact)
+    assert ours <= 1.1 * dense, f"{case.name} x {case.tokens}: error {ours:.3g}, dense {dense:.3g}"
+
+
+def capture(run: Callable[[Weight], Tensor], weights: Sequence[Weight]) -> torch.cuda.CUDAGraph:
+    """A graph of one call for each weight."""
+    run(weights[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            run(weight)
+    return graph
+
+
+def time_eager(run: Callable[[Weight], Tensor], weights: Sequence[Weight], calls: int) -> float:
+    """Seconds a call of a queue of calls, launches and all, by the host's clock."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for index in range(calls):
+        run(weights[index % len(weights)])
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def time_host(run: Callable[[Weight], object], weight: Weight, calls: int = 50) -> float:
+    """Seconds that the host spends on a call, while the GPU is busy with something else."""
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)
+        start = time.perf_counter()
+        for _ in range(calls):
+            run(weight)
+        seconds.append((time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return min(seconds)
+
+
+def best_algorithm(case: Case) -> tuple[int, Callable[[Weight], Tensor]]:
+    """The algorithm with which PyTorch's product is fastest, and right, on this cell."""
+    reference = case.dense(case.weights[0]).double()
+    best = (math.inf, 0)
+    for algorithm in range(MAX_ALGORITHMS):
+        run = case.theirs_with(algorithm)
+        try:
+            if error(run(case.weights[0]), reference) > 0.01:
+                continue
+            graph = capture(run, case.weights)
+        except RuntimeError:  # not an algorithm, or not for this shape
+            continue
+        device = case.x.device
+        best = min(best, (min(time_once(graph.replay, device) for _ in range(3)), algorithm))
+    return best[1], case.theirs_with(best[1])
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Times the backends of one cell in turn; seconds by backend and mode."""
+    algorithm, theirs_best = best_algorithm(case)
+    graph_runs = {"dense": case.dense, "proxsparse": case.ours, "torch": theirs_best}
+    eager_runs = {"dense": case.dense, "proxsparse": case.ours, "torch": case.theirs_eager}
+    device, count = case.x.device, len(case.weights)
+    graphs = {name: capture(run, case.weights) for name, run in graph_runs.items()}
+    once = time_once(graphs["dense"].replay, device)
+    replays = max(1, math.ceil(ROUND_SECONDS / once))
+    calls = max(count, min(500, math.ceil(ROUND_SECONDS / (once / count))))
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds + 1):
+        for name, graph in graphs.items():
+
+            def replay(graph: torch.cuda.CUDAGraph = graph) -> None:
+                for _ in range(replays):
+                    graph.replay()
+
+            taken = time_once(replay, device) / (replays * count)
+            seconds.setdefault((name, "graph"), []).append(taken)
+        for name, run in eager_runs.items():
+            # PyTorch builds a plan at each call: a few calls show that.
+            few = min(calls, 20) if name == "torch" else calls
+            taken = time_eager(run, case.weights, few)
+            seconds.setdefault((name, "eager"), []).append(taken)
+    return {
+        "algorithm": algorithm,
+        "seconds": {key: kept[1:] for key, kept in seconds.items()},  # the first was warm-up
+        "host": {name: time_host(run, case.weights[0]) for name, run in eager_runs.items()},
+    }
+
+
+def make_weights(n: int, k: int, dtype: torch.dtype, device: torch.device) -> list[Weight]:
+    """As many random weights as it takes to exceed the L2 cache twice in their smallest form."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    count = min(MAX_WEIGHTS, max(2, math.ceil(2 * cache / (1.125 * n * k))))
+    weights = []
+    for _ in range(count):
+        w = ops.project_2to4((torch.randn(n, k, device=device) / math.sqrt(k)).to(dtype))
+        theirs = torch.sparse.to_sparse_semi_structured(w)
+        weights.append(Weight(w, *ops.pack_2to4(w), ops.compress_2to4(w), theirs))
+    return weights
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """NaN for none."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(statistics.fmean(logs)) if logs else math.nan
+
+
+def rows_of(case: Case, measured: dict[str, Any], limit: float) -> list[dict[str, Any]]:
+    """The table's rows of one cell, times in microseconds."""
+    seconds = measured["seconds"]
+    flops = 2 * case.n * case.k * case.tokens
+    baseline = {mode: statistics.median(seconds["dense", mode]) for mode in ("graph", "eager")}
+    rows = []
+    for (backend, mode), kept in seconds.items():
+        p20, p50, p80 = (statistics.quantiles(kept, n=10)[i] for i in (1, 4, 7))
+        rows.append(
+            {
+                "case": case.name,
+                "tokens": case.tokens,
+                "backend": backend,
+                "mode": mode,
+                "us_p50": round(p50 * 1e6, 2),
+                "us_p20": round(p20 * 1e6, 2),
+                "us_p80": round(p80 * 1e6, 2),
+                "dense_eq_tflop_per_s": round(flops / p50 / 1e12, 1),
+                "pct_of_limit": round(100 * limit / p50, 1),
+                "speedup": round(baseline[mode] / p50, 3),
+                "host_us": round(measured["host"][backend] * 1e6, 2),
+            }
+        )
+    return rows
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The figures others will quote."""
+    times = {(r["case"], r["tokens"], r["backend"], r["mode"]): r["us_p50"] for r in rows}
+    cells = sorted({(r["case"], r["tokens"]) for r in rows})
+
+    def ratios(over: str, mode: str, *, lowest: int = 1, highest: int = 10**9) -> list[float]:
+        return [
+            times[case, tokens, over, mode] / times[case, tokens, "proxsparse", mode]
+            for case, tokens in cells
+            if lowest <= tokens <= highest
+        ]
+
+    host = {r["backend"]: [] for r in rows}
+    for row in rows:
+        host[row["backend"]].append(row["host_us"])
+    return {
+        "geomean_eager_m1024": geometric_mean(ratios("dense", "eager", lowest=1024)),
+        "geomean_graph_m1024": geometric_mean(ratios("dense", "graph", lowest=1024)),
+        "geomean_graph_m256": geometric_mean(ratios("dense", "graph", lowest=256, highest=512)),
+        "min_cell_graph": min(ratios("dense", "graph")),
+        "min_cell_eager": min(ratios("dense", "eager")),
+        "vs_torch_best_graph": geometric_mean(ratios("torch", "graph", lowest=1024)),
+        "vs_torch_eager": geometric_mean(ratios("torch", "eager", lowest=1024)),
+        "host_us_dense": statistics.median(host["dense"]),
+        "host_us_proxsparse": statistics.median(host["proxsparse"]),
+    }
+
+
+def write(rows: list[dict[str, Any]], result: dict[str, Any], folder: Path) -> None:
+    """CSV, PNG and JSON; the last line of stdout is the JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "sparse_linear.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "sparse_linear.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(rows, folder / "sparse_linear.png")
+    print(json.dumps(result))
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed-up over dense by token count, a line for each layer."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
+    for axis, mode in zip(figure.subplots(1, 2, sharey=True), ("graph", "eager"), strict=True):
+        for case in dict.fromkeys(row["case"] for row in rows):
+            points = [
+                (row["tokens"], row["speedup"])
+                for row in rows
+                if (row["case"], row["backend"], row["mode"]) == (case, "proxsparse", mode)
+            ]
+            axis.plot(*zip(*points, strict=True), marker=".", label=case)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", xlabel="tokens", title=f"speed-up over dense, {mode}")
+    axis.legend(fontsize=6, ncols=2)
+    figure.savefig(path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="sparse_linear against dense")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--tune-seconds", type=float, default=1800, help="0: no tuning")
+    parser.add_argument("--quick", action="store_true", help="one shape, four token counts")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check, tune, measure, print and write."""
+    args = parse_arguments()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        sys.exit("bench_sparse_linear.py needs a CUDA GPU of compute capability 8.0 or later")
+    reason = ops.can_compress(4096, 4096, DTYPES[args.dtype])
+    if reason:
+        sys.exit(f"bench_sparse_linear.py cannot run: {reason}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    layers = list(dict.fromkeys(layer for model in args.models for layer in MODELS[model]))
+    tokens = args.tokens
+    if args.quick:
+        layers, tokens = layers[:1], [1, 256, 1024, 4096]
+    dtype = DTYPES[args.dtype]
+    torch.manual_seed(0)
+
+    if args.tune_seconds:
+        report = tuning.tune_layers(
+            layers, tokens, dtype=dtype, device=device.index, seconds=args.tune_seconds
+        )
+        print(f"tuned: {report}")
+    bandwidth = copy_bandwidth(2**30, device)
+    square = torch.randn(8192, 8192, device=device, dtype=dtype)
+    peak = 2 * 8192**3 / min(time_once(lambda: square @ square, device) for _ in range(10))
+    print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s, dense matmul {peak / 1e12:.0f} TFLOP/s")
+    print("limit: the larger of moving 9/16 of the weight, x and the result, and of computing")
+    print("at twice the dense rate\n")
+    print("case | tokens | backend | mode | us p50 [p20, p80] | TFLOP/s | % of limit | x dense")
+    rows: list[dict[str, Any]] = []
+    torch_algorithms = {}
+    with torch.inference_mode():
+        for n, k, has_bias in layers:
+            weights = make_weights(n, k, dtype, device)
+            bias = torch.randn(n, device=device).to(dtype) if has_bias else None
+            for count in tokens:
+                x = torch.randn(count, k, device=device).to(dtype)
+                case = Case(n, k, has_bias, count, x, bias, weights)
+                check(case)
+                measured = measure(case, args.rounds)
+                num_bytes = n * k * 9 // 8 + 2 * count * (n + k)
+                limit = max(num_bytes / bandwidth, 2 * n * k * count / (2 * peak))
+                torch_algorithms[f"{case.name} x {count}"] = measured["algorithm"]
+                for row in rows_of(case, measured, limit):
+                    rows.append(row)
+                    print(
+                        f"{row['case']} | {count} | {row['backend']} | {row['mode']} | "
+                        f"{row['us_p50']} [{row['us_p20']}, {row['us_p80']}] | "
+                        f"{row['dense_eq_tflop_per_s']} | {row['pct_of_limit']} | {row['speedup']}",
+                        "SLOWER" if row["speedup"] < 1 and row["backend"] != "dense" else "",
+                    )
+            del weights
+    table = tuning.table_for(device.index)
+    result = {
+        **describe_run(),
+        "cusparselt": table.library,
+        "tuning_entries": len(table),
+        "settings": {"layers": layers, "tokens": tokens, "dtype": args.dtype},
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "dense_tflop_per_s": round(peak / 1e12, 1),
+        "torch_algorithms": torch_algorithms,
+        "summary": {name: round(value, 3) for name, value in summarize(rows).items()},
+        "rows": rows,
+    }
+    write(rows, result, args.out or results_directory())
+
+
+if __name__ == "__main__":
+    # What SparseLinear calls in eager mode; the registered op adds the dispatcher's time.
+    implementation = ops.implementation("sparse_linear", "cuda")
+    if isinstance(implementation, str):
+        sys.exit(f"bench_sparse_linear.py cannot run: {implementation}")
+    SPARSE_LINEAR = implementation
+    main()

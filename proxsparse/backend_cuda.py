@@ -1,0 +1,333 @@
+"""The CUDA backend: tensors in, pointers out.
+
+`proxsparse._cuda` is built without libtorch and knows only addresses, sizes and streams; this file
+joins it to PyTorch, and picks, by `tuning`, what a call of `sparse_linear` runs on. That is decided
+once per shape, range of token counts and set of weight forms; afterwards a call costs one look-up
+before its launch.
+
+Memory for results and workspaces comes from PyTorch's allocator, on the stream that is current. A
+stream has one workspace, reused by its calls in order; a call that is captured in a CUDA graph
+takes one from the graph's own memory instead, so that a replay shares it with nobody.
+
+Importing this module raises ImportError, with the reason, when the extension was not built.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextvars
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxsparse import cusparselt, tuning
+from proxsparse.cusparselt import extension as _cuda
+from proxsparse.errors import ProxsparseError
+
+_log = logging.getLogger("proxsparse")
+
+# The codes of `ValueType` in csrc/cuda/sparse_linear.h.
+CODES = {torch.bfloat16: 0, torch.float16: 1}
+_MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structured weight
+_TOKENS_MULTIPLE = 8  # and of the token count of 16-bit activations
+
+# x, values, codes, bias, compressed, dense -> result
+_Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+
+def can_compress(n: int, k: int, dtype: torch.dtype) -> str:
+    """Why a weight [n, k] of this dtype has no compressed form here; empty when it has one."""
+    if dtype not in CODES:
+        return f"cuSPARSELt is used for bfloat16 and float16, and the weight is {dtype}"
+    if n <= 0 or k <= 0 or n % _MULTIPLE or k % _MULTIPLE:
+        return (
+            f"cuSPARSELt needs both dimensions of a 16-bit weight to be multiples of {_MULTIPLE}, "
+            f"and this one is [{n}, {k}]"
+        )
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"sparse tensor cores need compute capability 8.0, and this GPU has {capability}"
+    found = cusparselt.find_library()
+    return found if isinstance(found, str) else ""
+
+
+def compress_2to4_cuda(w: Tensor) -> Tensor:
+    """The form of a 2:4 weight that cuSPARSELt multiplies with.
+
+    Args:
+        w: [N, K], bfloat16 or float16, contiguous, on a CUDA device, N and K multiples of 16;
+            already 2:4 (`ops.compress_2to4` checks it; neither this function nor the library does).
+
+    Returns:
+        uint8, 1-D, about 9/16 of w's bytes. Its layout is the library's own and may differ between
+        versions: store `pack_2to4`'s form and make this one anew.
+
+    Cost: memory-bound; nothing waits for it on the host.
+
+    Raises:
+        ProxsparseError: the weight cannot be compressed here, see `can_compress`.
+        RuntimeError: the library failed; its text, the call and the shape are named.
+    """
+    n, k = w.shape
+    reason = can_compress(n, k, w.dtype)
+    if reason:
+        raise ProxsparseError(f"compress_2to4 cannot run: {reason}")
+    device, code = w.get_device(), CODES[w.dtype]
+    w = _aligned(w)
+    with torch.cuda.device(device):
+        size, scratch_size = _cuda.compressed_size(device, code, n, k)
+        compressed = w.new_empty(size, dtype=torch.uint8)
+        scratch = w.new_empty(scratch_size, dtype=torch.uint8)
+        addresses = w.data_ptr(), compressed.data_ptr(), scratch.data_ptr()
+        _cuda.compress_2to4(device, code, n, k, *addresses, _stream(device))
+    return compressed
+
+
+def sparse_linear_cuda(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    compressed: Tensor | None,
+    dense: Tensor | None,
+) -> Tensor:
+    """See `reference.sparse_linear`; runs on what `tuning.choose` picks from the forms given.
+
+    Args:
+        x: [..., K], bfloat16 or float16; other dtypes run dense.
+        values: [N, K/2] of x's dtype.
+        codes: uint8 [N, ceil(K/8)].
+        bias: [N] of x's dtype, or None.
+        compressed: from `compress_2to4_cuda`, or None; needed to run on cuSPARSELt.
+        dense: [N, K], or None; needed to run dense without unpacking first.
+
+    Returns:
+        [..., N] of x's dtype. A token count that is not a multiple of 8 is padded for cuSPARSELt:
+        x is copied into a longer tensor and the result is the front part of one.
+
+    Deterministic for a given choice of executor. Can be captured in a CUDA graph.
+
+    Raises:
+        ProxsparseError: dtypes or devices do not agree.
+        RuntimeError: the library failed; its text, the call and the shapes are named.
+    """
+    n, half = values.shape
+    k, device = 2 * half, x.get_device()
+    tokens = x.numel() // k if k else 0
+    if tokens == 0 or n == 0:
+        return torch.nn.functional.linear(x, x.new_zeros(n, k), bias)
+    # What must agree but differs is a key of its own, and refused when it is first seen.
+    key = (
+        *(device, x.dtype, values.dtype, n, k, bisect.bisect_left(tuning.BUCKETS, tokens)),
+        None if bias is None else bias.dtype,
+        None if compressed is None else compressed.get_device(),
+        None if dense is None else dense.dtype,
+    )
+    run: _Run | None = tuning.decisions.get(key)
+    if run is None:
+        run = tuning.decisions[key] = _decide(x, values, bias, compressed, dense, tokens)
+    if torch.cuda.current_device() == device:
+        return run(x, values, codes, bias, compressed, dense)
+    with torch.cuda.device(device):
+        return run(x, values, codes, bias, compressed, dense)
+
+
+def _decide(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    compressed: Tensor | None,
+    dense: Tensor | None,
+    tokens: int,
+) -> _Run:
+    """Picks an executor for calls like this one."""
+    device = x.get_device()
+    for name, other in (("values", values), ("bias", bias), ("dense", dense)):
+        if other is not None and (other.dtype != x.dtype or other.get_device() != device):
+            raise ProxsparseError(
+                f"x is {x.dtype} on {x.device}, but {name} is {other.dtype} on {other.device}: "
+                "they must agree"
+            )
+    n, k = values.shape[0], 2 * values.shape[1]
+    available = {name for name in RUNS if name != "dense" or dense is not None}
+    record = None
+    bucket = tuning.find_bucket(tokens)
+    if compressed is not None:
+        reason = can_compress(n, k, x.dtype)
+        if compressed.get_device() != device:
+            reason = f"the compressed weight is on {compressed.device}, x on {x.device}"
+        if reason:
+            raise ProxsparseError(f"a compressed weight was given, but cannot be used: {reason}")
+        available.add("cusparselt")
+    if x.dtype in CODES and not isinstance(cusparselt.find_library(), str):
+        _warn_of_version(device)
+        name = str(x.dtype).removeprefix("torch.")
+        cell = tuning.Cell(n, k, bucket, name, bias is not None)
+        record = tuning.table_for(device).get(cell)
+    return executor(tuning.choose(record, bucket, available), device, x.dtype, n, k, bias)
+
+
+def executor(
+    candidate: tuning.Candidate,
+    device: int,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+) -> _Run:
+    """The function that runs a candidate on [n, k] weights, with a bias like this one or without.
+
+    It must be called with `device` current, and serves every token count.
+    """
+    if candidate.executor == "cusparselt":
+        return CuSparseLt(candidate, device, dtype, n, k, bias is not None)
+    return RUNS[candidate.executor]
+
+
+def _run_dense(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, _: Any, dense: Tensor | None
+) -> Tensor:
+    assert dense is not None
+    return torch.nn.functional.linear(x, dense, bias)
+
+
+def _run_unpacked(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
+    # In a context of its own, because a backend forced on the caller has no say in this: "cuda"
+    # has no unpack_2to4.
+    w = contextvars.Context().run(torch.ops.proxsparse.unpack_2to4, values, codes)
+    return torch.nn.functional.linear(x, w, bias)
+
+
+RUNS: dict[str, _Run] = {"dense": _run_dense, "unpack": _run_unpacked}
+
+
+class CuSparseLt:
+    """Calls cuSPARSELt for one weight shape and algorithm."""
+
+    def __init__(
+        self,
+        candidate: tuning.Candidate,
+        device: int,
+        dtype: torch.dtype,
+        n: int,
+        k: int,
+        has_bias: bool,
+        is_bias_late: bool | None = None,
+    ) -> None:
+        if is_bias_late is None:
+            is_bias_late = has_bias and _is_bias_late(device)
+        self.launch = _cuda.SparseLinear(
+            *(device, CODES[dtype], n, k, has_bias),
+            *(candidate.algorithm, candidate.split_k, candidate.split_k_mode, is_bias_late),
+        )
+        self._device, self._n, self._k = device, n, k
+        self._workspace_bytes = 0  # the most that a call of this shape has needed
+
+    def __call__(
+        self,
+        x: Tensor,
+        values: Tensor,
+        codes: Tensor,
+        bias: Tensor | None,
+        compressed: Tensor | None,
+        dense: Tensor | None,
+    ) -> Tensor:
+        """See `sparse_linear_cuda`."""
+        assert compressed is not None
+        tokens, lead = x.numel() // self._k, x.shape[:-1]
+        padded = -tokens % _TOKENS_MULTIPLE + tokens
+        if padded == tokens:
+            rows = _aligned(x)
+            result = out = x.new_empty(*lead, self._n)
+        else:
+            rows = x.new_empty(padded, self._k)
+            rows[:tokens].copy_(x.reshape(tokens, self._k))
+            out = x.new_empty(padded, self._n)
+            result = out[:tokens].view(*lead, self._n)
+        if bias is not None:
+            bias = _aligned(bias)
+        stream = _stream(self._device)
+        workspace = _workspace(self._device, stream, self._workspace_bytes)
+        operands = (
+            *(padded, compressed.data_ptr(), compressed.numel(), rows.data_ptr()),
+            *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
+        )
+        needed = self.launch(*operands, workspace.data_ptr(), workspace.numel(), stream)
+        if needed:
+            self._workspace_bytes = needed
+            workspace = _workspace(self._device, stream, needed)
+            needed = self.launch(*operands, workspace.data_ptr(), workspace.numel(), stream)
+            assert not needed, "the plan's workspace has a fixed size"
+        return result
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it is not contiguous from a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _stream(device: int) -> int:
+    """The current stream, as an address; torch.cuda.current_stream would make an object of it."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def _workspace(device: int, stream: int, size: int) -> Tensor:
+    """At least `size` bytes for a launch on the current stream; see the top of the file."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    held = _workspaces.get((device, stream))
+    if held is None or held.numel() < size:
+        # What it replaces is freed in the order of the stream, after the launches that use it.
+        held = torch.empty(size, dtype=torch.uint8, device=device)
+        _workspaces[device, stream] = held
+    return held
+
+
+def _is_bias_late(device: int) -> bool:
+    """Whether one plan serves every bias of a shape; not known yet while a graph is captured."""
+    return not torch.cuda.is_current_stream_capturing() and _probe_bias(device)
+
+
+@functools.cache
+def _probe_bias(device: int) -> bool:
+    """Asks the library whether it reads the bias pointer at each launch.
+
+    Its documentation does not say. A zero weight shows the bias alone: the second of two launches
+    with one plan has to show the second bias. If not, each bias gets a plan of its own.
+    """
+    size = 128
+    dtype = torch.bfloat16
+    with torch.cuda.device(device):
+        w = torch.zeros(size, size, dtype=dtype, device=device)
+        compressed = compress_2to4_cuda(w)
+        run = CuSparseLt(
+            tuning.Candidate("cusparselt"), device, dtype, size, size, True, is_bias_late=True
+        )
+        biases = [torch.full((size,), value, dtype=dtype, device=device) for value in (1.0, 2.0)]
+        try:
+            results = [run(w, w, w, bias, compressed, None) for bias in biases]
+        except _cuda.LibraryError as error:
+            _log.info("every bias gets a plan of its own: %s", error)
+            return False
+        return all(
+            torch.equal(result, bias.expand_as(result))
+            for result, bias in zip(results, biases, strict=True)
+        )
+
+
+@functools.cache
+def _warn_of_version(device: int) -> None:
+    found = cusparselt.library()
+    text = cusparselt.version_warning(found.version, torch.cuda.get_device_capability(device))
+    if text:
+        _log.warning("%s (%s)", text, found.path)

@@ -1,0 +1,396 @@
+"""What a sparse layer runs on: choosing, measuring, banning, the table on disk. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from proxsparse import tuning
+from proxsparse.errors import ProxsparseError
+from proxsparse.tuning import BUCKETS, Candidate, Cell, ChildWorker, Outcome, Record, Table, Timing
+
+CELL = Cell(4096, 4096, 1024, "bfloat16", False)
+ALL = ("dense", "cusparselt", "unpack")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PROXSPARSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def table() -> Table:
+    return Table("NVIDIA H200", "0.8.1")
+
+
+def library(algorithm: int, split_k: int = 1, mode: int = 0) -> Candidate:
+    return Candidate("cusparselt", algorithm, split_k, mode)
+
+
+def record(**speedups: tuple[float, float]) -> Record:
+    return Record({name: Timing(Candidate(name), 1e-5, *s) for name, s in speedups.items()}, {})
+
+
+class FakeWorker:
+    """Speed-ups by candidate, or outcomes; a candidate it has not heard of is refused."""
+
+    def __init__(self, outcomes: dict[Candidate, float | Outcome]) -> None:
+        self.outcomes = outcomes
+        self.tried: list[tuple[Candidate, bool]] = []
+
+    def candidates(self, cell: Cell) -> list[Candidate]:
+        return [c for c in self.outcomes if c.split_k == 1]
+
+    def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
+        self.tried.append((candidate, is_final))
+        outcome = self.outcomes.get(candidate, Outcome("refused", "unheard of"))
+        if isinstance(outcome, Outcome):
+            return outcome
+        return Outcome("ok", "", 1e-5 / outcome, outcome, outcome - 0.1 if is_final else 0.0)
+
+
+def tune(worker: tuning.Worker, *cells: Cell, into: Table | None = None) -> tuning.Report:
+    into = table() if into is None else into
+    return tuning.tune(into, cells or (CELL,), worker, seconds=60, show_progress=False)
+
+
+# -- buckets and choice
+
+
+def test_buckets_are_ranges_without_gaps() -> None:
+    assert list(BUCKETS) == sorted(set(BUCKETS))
+    assert all(bucket == 1 or bucket % 8 == 0 for bucket in BUCKETS)
+    for tokens in range(1, BUCKETS[-1] + 1, 7):
+        cell = CELL._replace(bucket=tuning.find_bucket(tokens))
+        assert cell.lowest <= tokens <= cell.bucket
+    assert tuning.find_bucket(10**6) == BUCKETS[-1]
+
+
+@pytest.mark.parametrize(
+    ("bucket", "available", "expected"),
+    [
+        (16, ALL, "dense"),
+        (768, ALL, "dense"),
+        (1024, ALL, "cusparselt"),
+        (1024, ("dense", "unpack"), "dense"),
+        (16384, ("unpack",), "unpack"),
+        (128, ("cusparselt", "unpack"), "unpack"),
+        (256, ("cusparselt", "unpack"), "cusparselt"),
+    ],
+)
+def test_the_rule_where_nothing_was_measured(
+    bucket: int, available: tuple[str, ...], expected: str
+) -> None:
+    assert tuning.choose(None, bucket, available) == Candidate(expected)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "expected"),
+    [
+        ((1.5, 1.4), "cusparselt"),
+        ((1.02, 1.02), "dense"),  # within the margin
+        ((1.6, 0.9), "dense"),  # slower at the lower end of the range
+        ((0.9, 1.6), "dense"),
+    ],
+)
+def test_dense_is_replaced_only_by_what_is_faster_everywhere(
+    speedups: tuple[float, float], expected: str
+) -> None:
+    known = record(cusparselt=speedups, unpack=(0.5, 0.5))
+    assert tuning.choose(known, 1024, ALL).executor == expected
+
+
+def test_without_the_dense_weight_the_fastest_form_runs() -> None:
+    known = record(cusparselt=(0.6, 0.7), unpack=(0.5, 0.5))
+    assert tuning.choose(known, 16, ("cusparselt", "unpack")).executor == "cusparselt"
+    assert tuning.choose(known, 16, ("unpack",)).executor == "unpack"
+
+
+def test_measured_but_unusable_leaves_dense() -> None:
+    assert tuning.choose(Record({}, {}), 4096, ALL) == Candidate("dense")
+    known = record(decode=(1.7, 1.7))
+    assert tuning.choose(known, 16, ALL) == Candidate("dense"), "decode is not built here"
+
+
+# -- measuring
+
+
+def test_the_best_verified_candidate_is_kept() -> None:
+    worker = FakeWorker({Candidate("unpack"): 0.5, library(0): 1.2, library(1): 1.5})
+    known = table()
+    report = tune(worker, into=known)
+    assert report.num_measured == 1 and not report.banned and not report.problems
+    timings = known.get(CELL).timings
+    assert timings["cusparselt"].candidate == library(1)
+    assert (timings["cusparselt"].speedup, timings["cusparselt"].speedup_lowest) == (1.5, 1.4)
+    finals = [candidate for candidate, is_final in worker.tried if is_final]
+    assert finals == [Candidate("unpack"), library(1)], "only the best is measured with care"
+
+
+def test_splits_of_the_best_algorithms_are_tried() -> None:
+    worker = FakeWorker({library(0): 1.1, library(1): 1.3, library(2): 1.2, library(2, 4, 1): 1.4})
+    known = table()
+    tune(worker, into=known)
+    assert known.get(CELL).timings["cusparselt"].candidate == library(2, 4, 1)
+    split = {c.algorithm for c, _ in worker.tried if c.split_k != 1}
+    assert split == {1, 2}, "the two best"
+
+
+def test_segment_k_is_not_tried_where_it_can_hang() -> None:
+    small = tuning.split_variants(CELL._replace(n=384), [library(0)])
+    assert all(candidate.split_k > 1 for candidate in small)
+    assert tuning.split_variants(CELL._replace(bucket=4096), [library(0)]) == [library(0, -1)]
+
+
+def test_a_wrong_candidate_is_banned_and_the_next_one_taken() -> None:
+    wrong = Outcome("wrong", "relative error 0.3")
+    worker = FakeWorker({library(0): 1.2, library(1): wrong})
+    known = table()
+    report = tune(worker, into=known)
+    assert known.get(CELL).timings["cusparselt"].candidate == library(0)
+    assert known.get(CELL).banned == {"cusparselt 1/1/0": "relative error 0.3"}
+    assert list(report.banned) == [f"{CELL}: cusparselt 1/1/0"]
+
+
+def test_a_candidate_that_is_wrong_at_the_other_end_is_not_kept() -> None:
+    class WrongAtLast(FakeWorker):
+        def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
+            outcome = super().measure(cell, candidate, is_final)
+            bad = is_final and candidate == library(1)
+            return Outcome("wrong", "at 769 tokens") if bad else outcome
+
+    known = table()
+    tune(WrongAtLast({library(0): 1.2, library(1): 1.5}), into=known)
+    assert known.get(CELL).timings["cusparselt"].candidate == library(0)
+    assert "cusparselt 1/1/0" in known.get(CELL).banned
+
+
+@pytest.mark.parametrize("kind", ["crashed", "hung"])
+def test_what_breaks_the_child_is_banned_for_the_dtype(kind: str) -> None:
+    outcomes = {library(0): 1.2, library(1): Outcome(kind, "illegal instruction")}
+    worker = FakeWorker(outcomes)
+    known = table()
+    other = CELL._replace(n=8192)
+    report = tune(worker, CELL, other, CELL._replace(dtype="float16"), into=known)
+    assert report.num_measured == 3
+    tries = [candidate for candidate, _ in worker.tried].count(library(1))
+    assert tries == 2, "once for each dtype"
+    assert "illegal instruction" in table().ban_reason("bfloat16", library(1)), "on disk"
+
+
+@pytest.mark.parametrize("kind", ["memory", "failed"])
+def test_what_is_not_the_candidates_fault_leaves_the_cell_to_the_rule(kind: str) -> None:
+    worker = FakeWorker({library(0): Outcome(kind, "CUDA out of memory")})
+    known = table()
+    report = tune(worker, into=known)
+    assert known.get(CELL) is None and not report.banned
+    assert report.problems == {str(CELL): "cusparselt 0/1/0: CUDA out of memory"}
+
+
+def test_the_deadline_keeps_what_was_finished() -> None:
+    now = 0.0
+
+    class Slow(FakeWorker):
+        def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
+            nonlocal now
+            now += 10.0
+            return super().measure(cell, candidate, is_final)
+
+    cells = [CELL._replace(bucket=bucket) for bucket in (2048, 4096, 8192)]
+    known = table()
+    report = tuning.tune(
+        known,
+        cells,
+        Slow({Candidate("unpack"): 0.5}),
+        seconds=30.0,
+        clock=lambda: now,
+        show_progress=False,
+    )
+    assert (report.num_measured, report.num_known, report.num_late) == (1, 0, 2)
+    assert known.get(cells[0]) is not None and known.get(cells[1]) is None
+
+
+def test_known_cells_are_not_measured_again() -> None:
+    worker = FakeWorker({library(0): 1.2})
+    tune(worker)
+    tried = len(worker.tried)
+    assert tune(worker).num_known == 1
+    assert len(worker.tried) == tried
+
+
+# -- the file
+
+
+def test_a_table_survives_the_process(cache: Path) -> None:
+    tune(FakeWorker({library(3): 1.5, library(1): Outcome("wrong", "off")}))
+    assert [path.name for path in cache.glob("*.json")] == ["nvidia-h200-cusparselt-0.8.1.json"]
+    again = table()
+    assert len(again) == 1
+    assert again.get(CELL).timings["cusparselt"].candidate == library(3)
+    assert again.get(CELL).banned == {"cusparselt 1/1/0": "off"}
+    assert len(Table("NVIDIA H100", "0.8.1")) == len(Table("NVIDIA H200", "0.10.0")) == 0
+
+
+def test_the_users_table_goes_over_the_one_that_ships(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = CELL._replace(n=8192)
+    shipped = table()
+    for cell in (CELL, other):
+        shipped.put(cell, record(cusparselt=(1.2, 1.2)))
+    shipped.save()
+    (tmp_path / "tables").mkdir()
+    shipped.path.rename(tmp_path / "tables" / shipped.path.name)
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    tune(FakeWorker({library(3): 1.5}), CELL._replace(bucket=16))
+    own = Table("NVIDIA H200", "0.8.1")
+    own.put(CELL, record(cusparselt=(1.4, 1.4)))
+    own.save()
+    assert len(json.loads(own.path.read_text())["cells"]) == 2, "what shipped is not copied"
+    again = table()
+    assert len(again) == 3
+    assert again.get(CELL).timings["cusparselt"].speedup == 1.4
+    assert again.get(other).timings["cusparselt"].speedup == 1.2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 99, "cells": {}, "banned": {}}',
+        '{"format": 1, "cells": {"a": 1}}',
+        '{"format": 1, "banned": {}, "cells": {"a": {"best": {"abacus": {}}, "banned": {}}}}',
+    ],
+)
+def test_a_damaged_table_is_ignored_with_a_warning_and_written_anew(
+    content: str, cache: Path
+) -> None:
+    path = table().path
+    cache.mkdir()
+    path.write_text(content)
+    with pytest.warns(UserWarning, match="is ignored: it cannot be read"):
+        known = table()
+    assert len(known) == 0
+    with pytest.warns(UserWarning, match="is ignored"):
+        tune(FakeWorker({library(0): 1.5}), into=known)
+    assert len(table()) == 1, "no warning any more"
+
+
+def write_one(bucket: int) -> None:
+    known = table()
+    known.put(CELL._replace(bucket=bucket), record(unpack=(0.5, 0.5)))
+    known.save()
+
+
+def test_writers_keep_what_others_wrote(cache: Path) -> None:
+    first, second = table(), table()
+    first.put(CELL, record(cusparselt=(1.5, 1.4)))
+    first.save()
+    second.put(CELL._replace(n=64), record(cusparselt=(1.2, 1.2)))
+    second.save()
+    assert len(table()) == 2
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_one, args=(bucket,)) for bucket in BUCKETS[:4]]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(table()) == 6
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_an_unwritable_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PROXSPARSE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="Not a directory"):
+        known = table()
+    with pytest.raises(ProxsparseError, match=r"cannot be written.*PROXSPARSE_CACHE"):
+        known.save()
+
+
+def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROXSPARSE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/xdg")
+    assert tuning.cache_directory() == Path("/tmp/xdg/proxsparse")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuning.cache_directory() == Path.home() / ".cache/proxsparse"
+
+
+# -- the child process
+
+CHILD = """
+import json, os, sys, time
+print("noise", file=sys.stderr)
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["do"] == "candidates":
+        answer = {"candidates": [["unpack", -1, 1, 0], ["cusparselt", 0, 1, 0]]}
+        answer["candidates"] += [["cusparselt", i, 1, 0] for i in (7, 8, 9)]
+    else:
+        algorithm = request["candidate"][1]
+        if algorithm == 7:
+            print("illegal instruction", file=sys.stderr, flush=True)
+            os._exit(3)
+        if algorithm == 8:
+            time.sleep(60)
+        answer = {"kind": "ok", "seconds": 1e-5, "speedup": 2.0 + algorithm, "speedup_lowest": 2.0}
+        if algorithm == 9:
+            answer = {"kind": "refused", "detail": "not supported"}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def make_child() -> Callable[..., ChildWorker]:
+    def make(code: str = CHILD, **settings: float) -> ChildWorker:
+        settings = {"start_seconds": 20.0, "measure_seconds": 1.0, **settings}
+        return ChildWorker([sys.executable, "-c", code], **settings)
+
+    return make
+
+
+def test_a_child_that_crashes_or_hangs_costs_the_candidate_only(
+    make_child: Callable[..., ChildWorker],
+) -> None:
+    known = table()
+    with make_child() as worker:
+        report = tune(worker, CELL._replace(bucket=4096, n=384), into=known)
+    assert report.num_measured == 1
+    banned = report.banned
+    assert "crashed" in banned["bfloat16 cusparselt 7/1/0"]
+    assert "exit code 3: illegal instruction" in banned["bfloat16 cusparselt 7/1/0"]
+    assert "no answer within 1 s" in banned["bfloat16 cusparselt 8/1/0"]
+    timings = known.get(CELL._replace(bucket=4096, n=384)).timings
+    assert timings["cusparselt"].candidate == library(0)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit('no CUDA device')", "crashed: exit code 1: no CUDA device"),
+        ("import time; time.sleep(60)", "hung: no answer within 1 s"),
+    ],
+)
+def test_a_child_that_cannot_start_leaves_everything_to_the_rule(
+    make_child: Callable[..., ChildWorker], code: str, message: str
+) -> None:
+    with make_child(code, start_seconds=1.0) as worker:
+        report = tune(worker)
+    assert report.num_measured == 0
+    assert message in report.problems[str(CELL)]
+
+
+def test_what_the_child_cannot_set_up_is_a_problem(
+    make_child: Callable[..., ChildWorker],
+) -> None:
+    code = "print('{}', flush=True); input(); print('{\"problem\": \"out of memory\"}', flush=True)"
+    with make_child(code, start_seconds=20.0) as worker:
+        assert tune(worker).problems == {str(CELL): "out of memory"}
