@@ -34,6 +34,13 @@ _log = logging.getLogger("proxsparse")
 CODES = {torch.bfloat16: 0, torch.float16: 1}
 _MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structured weight
 _TOKENS_MULTIPLE = 8  # and of the token count of 16-bit activations
+MAX_DECODE_TOKENS = 64
+_DECODE_MULTIPLE = 64  # that the kernel for few tokens needs of in_features
+# Rows a block, chunks under way (1 few, 2 many), blocks that share the columns; see
+# csrc/cuda/sparse_linear_decode.h. Tables refer to them by index.
+DECODE_LAYOUTS = tuple(
+    (rows, depth, splits) for rows in (64, 128) for depth in (1, 2) for splits in (1, 2, 4, 8)
+)
 
 # x, values, codes, bias, compressed, dense -> result
 _Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
@@ -158,6 +165,8 @@ def _decide(
     available = {name for name in RUNS if name != "dense" or dense is not None}
     record = None
     bucket = tuning.find_bucket(tokens)
+    if not can_decode(k, bucket, x.dtype, device) and _decode_is_right(device):
+        available.add("decode")
     if compressed is not None:
         reason = can_compress(n, k, x.dtype)
         if compressed.get_device() != device:
@@ -187,6 +196,9 @@ def executor(
     """
     if candidate.executor == "cusparselt":
         return CuSparseLt(candidate, device, dtype, n, k, bias is not None)
+    if candidate.executor == "decode":
+        layout = (0, 0, 0) if candidate.algorithm < 0 else DECODE_LAYOUTS[candidate.algorithm]
+        return Decode(layout, device, dtype, n, k)
     return RUNS[candidate.executor]
 
 
@@ -265,6 +277,98 @@ class CuSparseLt:
             needed = self.launch(*operands, workspace.data_ptr(), workspace.numel(), stream)
             assert not needed, "the plan's workspace has a fixed size"
         return result
+
+
+class Decode:
+    """Calls the kernel for few tokens, in one of its layouts."""
+
+    def __init__(
+        self, layout: tuple[int, int, int], device: int, dtype: torch.dtype, n: int, k: int
+    ) -> None:
+        self._layout, self._device, self._code = layout, device, CODES[dtype]
+        self._n, self._k = n, k
+
+    def __call__(
+        self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
+    ) -> Tensor:
+        """See `sparse_linear_cuda`."""
+        x, values, codes = _aligned(x), _aligned(values), _aligned(codes)
+        out = x.new_empty(*x.shape[:-1], self._n)
+        _cuda.sparse_linear_decode(
+            *(self._code, x.numel() // self._k, self._n, self._k, x.data_ptr(), self._k),
+            *(values.data_ptr(), codes.data_ptr()),
+            *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(*self._layout, _stream(self._device)),
+        )
+        return out
+
+
+def can_decode(k: int, tokens: int, dtype: torch.dtype, device: int) -> str:
+    """Why the kernel for few tokens cannot run here; empty when it can."""
+    if not _cuda.has_decode:
+        return "the extension was built without its CUDA kernels"
+    if dtype not in CODES:
+        return f"it takes bfloat16 and float16, and the weight is {dtype}"
+    if tokens > MAX_DECODE_TOKENS:
+        return f"it takes at most {MAX_DECODE_TOKENS} tokens, and there are {tokens}"
+    if k % _DECODE_MULTIPLE:
+        return f"in_features must be a multiple of {_DECODE_MULTIPLE}, and is {k}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"sparse tensor cores need compute capability 8.0, and this GPU has {capability}"
+    return ""
+
+
+def sparse_linear_decode_cuda(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None
+) -> Tensor:
+    """See `reference.sparse_linear_decode`; x of 1 to 64 tokens, bfloat16 or float16.
+
+    Raises:
+        ProxsparseError: the kernel cannot take this shape or dtype, or is not there.
+        RuntimeError: the launch failed; its text and the shapes are named.
+    """
+    n, half = values.shape
+    if not x.numel():
+        return x.new_empty(*x.shape[:-1], n)
+    reason = can_decode(2 * half, x.numel() // (2 * half), x.dtype, x.get_device())
+    if reason:
+        raise ProxsparseError(f"sparse_linear_decode cannot run: {reason}")
+    with torch.cuda.device(x.device):
+        return Decode((0, 0, 0), x.get_device(), x.dtype, n, 2 * half)(x, values, codes, bias)
+
+
+def _decode_is_right(device: int) -> bool:
+    """Whether the kernel computes what it should on this GPU; not asked while a graph is captured.
+
+    It uses instructions whose behaviour differs from GPU to GPU, so one look at its numbers comes
+    before the first use.
+    """
+    return not torch.cuda.is_current_stream_capturing() and _probe_decode(device)
+
+
+@functools.cache
+def _probe_decode(device: int) -> bool:
+    n, k = 144, 1088  # ends within a tile and within a chunk
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randint(-4, 5, (n, k), generator=generator).float()
+    w[:, 2::4] = w[:, 1::4] = 0
+    w = torch.cat((w[: n // 2], w[n // 2 :].flip(-1)))
+    x = torch.randint(-3, 4, (MAX_DECODE_TOKENS, k), generator=generator).float()
+    exact = (x @ w.T).to(device, torch.bfloat16)  # whole numbers: every sum is exact
+    with torch.cuda.device(device):
+        packed = w.to(device, torch.bfloat16)
+        values, codes = contextvars.Context().run(torch.ops.proxsparse.pack_2to4, packed)
+        run = Decode((0, 0, 0), device, torch.bfloat16, n, k)
+        for tokens in (1, 9, 17, 64):
+            result = run(x[:tokens].to(device, torch.bfloat16), values, codes, None)
+            if not torch.equal(result, exact[:tokens]):
+                _log.warning(
+                    "the kernel for few tokens is wrong on %s and is not used: please report it",
+                    torch.cuda.get_device_name(device),
+                )
+                return False
+    return True
 
 
 def _aligned(x: Tensor) -> Tensor:

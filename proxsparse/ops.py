@@ -40,12 +40,14 @@ OPS = (
     "prox_adamw_",
     "gate_update_",
     "sparse_linear",
+    "sparse_linear_decode",
     "compress_2to4",
 )
 _FAST = {
     "cpu": ("cpu",),
     "cuda": ("cuda", "triton"),
 }  # device type -> its fast backends, best first
+MAX_DECODE_TOKENS = 64
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
@@ -150,6 +152,7 @@ for _schema in (
     f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard) -> ()",
     "sparse_linear(Tensor x, Tensor values, Tensor codes, Tensor? bias, Tensor? compressed, "
     "Tensor? dense) -> Tensor",
+    "sparse_linear_decode(Tensor x, Tensor values, Tensor codes, Tensor? bias) -> Tensor",
     "compress_2to4(Tensor w) -> Tensor",
 ):
     _library.define(_schema)  # type: ignore[no-untyped-call]
@@ -179,7 +182,8 @@ _register(
 )
 _register("prox_adamw_", lambda *_: None)
 _register("gate_update_", lambda *_: None)
-_register("sparse_linear", lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]))
+for _name in ("sparse_linear", "sparse_linear_decode"):
+    _register(_name, lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]))
 _register(  # only the library knows the size
     "compress_2to4",
     lambda w: w.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
@@ -423,6 +427,30 @@ def sparse_linear(
     `compressed` and `dense` are other forms of the same weight, for backends that are faster with
     them; which form a call uses is up to the backend.
     """
+    _check_packed_product(x, values, codes, bias)
+    return _op.sparse_linear(  # type: ignore[no-any-return]
+        x, values, codes, bias, compressed, dense
+    )
+
+
+def sparse_linear_decode(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The product with a packed 2:4 weight for at most 64 tokens; `sparse_linear` picks it itself.
+
+    For inference: no gradient is defined. See `reference.sparse_linear_decode`.
+    """
+    _check_packed_product(x, values, codes, bias)
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if tokens > MAX_DECODE_TOKENS:
+        raise ProxsparseError(
+            f"x has {tokens} tokens: sparse_linear_decode takes at most {MAX_DECODE_TOKENS}; "
+            "sparse_linear takes any number"
+        )
+    return _op.sparse_linear_decode(x, values, codes, bias)  # type: ignore[no-any-return]
+
+
+def _check_packed_product(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
     n, half = values.shape if values.dim() == 2 else (0, 0)
     if values.dim() != 2 or list(codes.shape) != [n, (2 * half + 7) // 8]:
         raise ProxsparseError(
@@ -446,9 +474,6 @@ def sparse_linear(
             f"x is {x.dtype} on {x.device}, but the bias is {bias.dtype} on {bias.device}: they "
             "must agree"
         )
-    return _op.sparse_linear(  # type: ignore[no-any-return]
-        x, values, codes, bias, compressed, dense
-    )
 
 
 def can_compress(n: int, k: int, dtype: torch.dtype) -> str:

@@ -272,6 +272,25 @@ def sparse_linear(
     return torch.nn.functional.linear(x, w, bias)
 
 
+def sparse_linear_decode(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`sparse_linear` for few tokens, as in decoding, from the packed form alone.
+
+    Args:
+        x: [..., K] with at most 64 tokens, of the values' dtype.
+        values: [N, K/2], from `pack_2to4`.
+        codes: uint8 [N, ceil(K/8)], from `pack_2to4`.
+        bias: [N], or None.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Cost: memory-bound; a fused kernel reads 9/16 of the dense weight's bytes.
+    """
+    return sparse_linear(x, values, codes, bias)
+
+
 def frozen_regularizer_grad(p: Tensor, w0: Tensor, reg_eps: float) -> Tensor:
     """Gradient of F(W; W0) = || W / (W0 + eps*sign(W0)) * (W - W0) ||^2 with sign(0) = 1.
 

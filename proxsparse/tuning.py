@@ -61,7 +61,7 @@ _MEASURE_SECONDS = 60.0  # a candidate that takes longer hangs
 
 
 class Candidate(NamedTuple):
-    """An executor and, for cuSPARSELt, how it runs."""
+    """An executor and how it runs; `algorithm` is cuSPARSELt's id, or an index of decode's layouts."""
 
     executor: str
     algorithm: int = LIBRARY_CHOICE
@@ -69,9 +69,9 @@ class Candidate(NamedTuple):
     split_k_mode: int = 0
 
     def __str__(self) -> str:
-        if self.executor != "cusparselt":
-            return self.executor
-        return f"cusparselt {self.algorithm}/{self.split_k}/{self.split_k_mode}"
+        if self.executor == "cusparselt":
+            return f"cusparselt {self.algorithm}/{self.split_k}/{self.split_k_mode}"
+        return self.executor if self.algorithm < 0 else f"{self.executor} {self.algorithm}"
 
 
 class Cell(NamedTuple):
@@ -164,14 +164,16 @@ def choose_by_rule(bucket: int, available: Collection[str]) -> Candidate:
     """What runs where nothing was measured: see the constants above for why.
 
     From 1024 tokens on cuSPARSELt with its default algorithm, if its form of the weight is there;
-    below that dense, if the dense weight is held; if not, cuSPARSELt from 256 tokens on, and the
-    weight unpacked for the call below.
+    below that dense, if the dense weight is held; if not, cuSPARSELt from 256 tokens on, the decode
+    kernel where it can run, and the weight unpacked for the call between them.
     """
     has_dense = "dense" in available
     sparse_from = RULE_BEATS_DENSE_FROM if has_dense else RULE_BEATS_UNPACK_FROM
     if "cusparselt" in available and bucket >= sparse_from:
         return Candidate("cusparselt")
-    return Candidate("dense" if has_dense else "unpack")
+    if has_dense:
+        return Candidate("dense")
+    return Candidate("decode" if "decode" in available else "unpack")
 
 
 # -- the table

@@ -61,8 +61,12 @@ class Bench:
         """What there is to try for the cell, without split-K variants."""
         self._prepare(cell)
         found = [Candidate(name) for name in backend_cuda.RUNS if name != "dense"]
+        dtype = self._weights[0].dense.dtype
+        if not backend_cuda.can_decode(cell.k, cell.bucket, dtype, self._device):
+            layouts = range(tuning.LIBRARY_CHOICE, len(backend_cuda.DECODE_LAYOUTS))
+            found += [Candidate("decode", layout) for layout in layouts]
         problem = _cuda.SparseLinear(
-            *(self._device, backend_cuda.CODES[self._weights[0].dense.dtype], cell.n, cell.k),
+            *(self._device, backend_cuda.CODES[dtype], cell.n, cell.k),
             *(cell.has_bias, tuning.LIBRARY_CHOICE, 1, 0, False),
         )
         padded = -(-cell.bucket // 8) * 8

@@ -2,11 +2,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "cusparselt.h"
 #include "sparse_linear.h"
+#ifdef PROXSPARSE_HAS_DECODE
+#include "sparse_linear_decode.h"
+#endif
 
 namespace py = pybind11;
 using proxsparse::Problem;
@@ -22,11 +26,6 @@ void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA side of proxsparse; call it through proxsparse.ops.";
-#ifdef PROXSPARSE_HAS_DECODE
-  m.attr("has_decode") = true;
-#else
-  m.attr("has_decode") = false;
-#endif
   m.attr("LIBRARY_CHOICE") = proxsparse::kLibraryChoice;
   py::register_exception<proxsparse::cusparselt::LibraryError>(m, "LibraryError",
                                                                PyExc_RuntimeError);
@@ -83,4 +82,35 @@ PYBIND11_MODULE(_cuda, m) {
                                   pointer(compressed), pointer(scratch), pointer(stream));
       },
       unlocked());
+
+#ifdef PROXSPARSE_HAS_DECODE
+  m.attr("has_decode") = true;
+  m.def(
+      "sparse_linear_decode",
+      [](int type, int tokens, int n, int k, Address x, std::int64_t x_stride, Address values,
+         Address codes, Address bias, Address out, int rows, int depth, int splits,
+         Address stream) {
+        const char* error =
+            proxsparse::sparse_linear_decode({pointer(x),
+                                              pointer(values),
+                                              pointer(codes),
+                                              pointer(bias),
+                                              pointer(out),
+                                              tokens,
+                                              n,
+                                              k,
+                                              x_stride,
+                                              static_cast<ValueType>(type) == ValueType::kBFloat16,
+                                              {rows, depth, splits},
+                                              pointer(stream)});
+        if (error != nullptr) {
+          throw std::runtime_error("sparse_linear_decode failed for W [" + std::to_string(n) +
+                                   ", " + std::to_string(k) + "] and " + std::to_string(tokens) +
+                                   " tokens: " + error);
+        }
+      },
+      unlocked());
+#else
+  m.attr("has_decode") = false;
+#endif
 }
