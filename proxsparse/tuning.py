@@ -61,7 +61,7 @@ _MEASURE_SECONDS = 60.0  # a candidate that takes longer hangs
 
 
 class Candidate(NamedTuple):
-    """An executor and how it runs; `algorithm` is cuSPARSELt's id, or an index of decode's layouts."""
+    """An executor and how it runs; `algorithm` is cuSPARSELt's id, or decode's layout."""
 
     executor: str
     algorithm: int = LIBRARY_CHOICE

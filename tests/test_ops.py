@@ -69,6 +69,7 @@ def schema_args(op: str, device: str = "cpu", shape: tuple[int, ...] = (6, 20)) 
             *(torch.zeros_like(w), False),
         ),
         "sparse_linear": (grad, *reference.pack_2to4(sparse), w[:, 0].clone(), None, None),
+        "sparse_linear_decode": (grad, *reference.pack_2to4(sparse), w[:, 0].clone()),
     }[op]
 
 
@@ -92,8 +93,8 @@ def skip_if_lacking(op: str, backend: str) -> None:
 
 def test_every_backend_has_the_ops_it_should(backend: str) -> None:
     lacking = {op for op in ops.OPS if isinstance(ops.implementation(op, backend), str)}
-    elsewhere = {"compress_2to4"} if backend == "reference" else {"compress_2to4", "sparse_linear"}
-    assert lacking == elsewhere
+    products = {"sparse_linear", "sparse_linear_decode"}
+    assert lacking == {"compress_2to4"} | (set() if backend == "reference" else products)
 
 
 @pytest.mark.parametrize("op", PORTABLE)
@@ -155,6 +156,9 @@ COMPILED: dict[str, Callable[[Tensor], Any]] = {
     "prox_adamw_": _prox_adamw,
     "gate_update_": _gate_update,
     "sparse_linear": lambda w: ops.sparse_linear(2 * w, *ops.pack_2to4(ops.project_2to4(w))),
+    "sparse_linear_decode": lambda w: ops.sparse_linear_decode(
+        2 * w, *ops.pack_2to4(ops.project_2to4(w))
+    ),
 }
 
 
