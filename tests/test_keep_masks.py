@@ -85,7 +85,7 @@ def test_masks_survive_the_merge_of_an_adapter(pruned: Callable[[str], Any]) -> 
     with torch.no_grad():
         for target in find_targets(model).layers:
             n, k = target.shape
-            target.parameter += 0.1 * torch.randn(n, 4) @ torch.randn(4, k)
+            target.parameter.add_(0.1 * torch.randn(n, 4) @ torch.randn(4, k))
     with pytest.raises(AssertionError):
         assert_masked(model, dict(masks))
     apply_masks_(model, masks)
