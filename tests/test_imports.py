@@ -41,6 +41,7 @@ LAYERS = (
     ("methods",),
     ("recipe",),
     ("pruning", "inspection"),
+    ("packing", "advice", "generation"),
     ("demo", "environment"),
     ("cli",),
 )
