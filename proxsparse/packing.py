@@ -17,7 +17,7 @@ import torch
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.loading import LoadedModel, load_model, save_model
-from proxsparse.patch import densify_, sparsify_
+from proxsparse.patch import densify_, sparsify_, state_bytes
 from proxsparse.pruning import FORMAT, output_directory, versions
 from proxsparse.sparse_linear import sparse_layers
 
@@ -48,7 +48,7 @@ def pack(
         loaded = load_model(model, torch.device("cpu"))
         if sparse_layers(loaded.model):
             raise ProxsparseError(f"{model} is packed already")
-        before = _num_bytes(loaded.model)
+        before = state_bytes(loaded.model)
         report = sparsify_(loaded.model, memory=memory)
         packed = {
             name: x.memory_bytes()["packed"] for name, x in sparse_layers(loaded.model).items()
@@ -66,7 +66,7 @@ def pack(
             "left_dense": report.left_dense,
             "dense_bytes": report.dense_bytes,
             "packed_bytes": sum(packed.values()),
-            "checkpoint_bytes": [before, _num_bytes(loaded.model)],
+            "checkpoint_bytes": [before, state_bytes(loaded.model)],
         }
         _write(loaded, partial, {"storage": "packed", "packed": result})
     return result
@@ -87,12 +87,12 @@ def unpack(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> dic
     """
     with output_directory(output) as partial:
         loaded = load_model(model, torch.device("cpu"))
-        before = _num_bytes(loaded.model)
+        before = state_bytes(loaded.model)
         names = densify_(loaded.model)
         if not names:
             raise ProxsparseError(f"{model} is not packed: its layers are dense already")
         _write(loaded, partial, {"storage": "dense"})
-    return {"layers": list(names), "checkpoint_bytes": [before, _num_bytes(loaded.model)]}
+    return {"layers": list(names), "checkpoint_bytes": [before, state_bytes(loaded.model)]}
 
 
 def _write(loaded: LoadedModel, directory: Path, changes: dict[str, Any]) -> None:
@@ -113,9 +113,3 @@ def _write(loaded: LoadedModel, directory: Path, changes: dict[str, Any]) -> Non
         raise ProxsparseError(
             f"the results could not be written to {directory}: {error}"
         ) from error
-
-
-def _num_bytes(model: torch.nn.Module) -> int:
-    """Bytes of everything the checkpoint holds; tied weights count once."""
-    tensors = {x.data_ptr(): x.numel() * x.element_size() for x in model.state_dict().values()}
-    return sum(tensors.values())

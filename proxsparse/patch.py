@@ -140,6 +140,12 @@ def restore_layers_(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of everything in a model's state dict; tensors that share memory count once."""
+    tensors = {x.data_ptr(): x.numel() * x.element_size() for x in model.state_dict().values()}
+    return sum(tensors.values())
+
+
 # -- which layers ----------------------------------------------------------------------------------
 
 
@@ -152,7 +158,7 @@ def _choose(model: nn.Module, config: TargetConfig) -> tuple[list[str], dict[str
         found = find_targets(model, config)
         names, left_dense = [], dict(found.left_dense)
         for target in found.layers:
-            reason = "" if target.module in sparse else _reason_to_leave(target)
+            reason = "" if target.module in sparse else why_not_sparse(target) or _offence(target)
             if reason and config.targets:
                 raise ProxsparseError(f"{target.name} cannot be sparse: it is {reason}")
             if reason:
@@ -168,8 +174,8 @@ def _choose(model: nn.Module, config: TargetConfig) -> tuple[list[str], dict[str
     return names, {k: v for k, v in left_dense.items() if k not in already}
 
 
-def _reason_to_leave(target: Target) -> str:
-    """Why a layer cannot be sparse, to be read after "it is"; empty when it can."""
+def why_not_sparse(target: Target) -> str:
+    """Why a layer cannot be sparse whatever its weights, after "it is"; empty when it can."""
     from transformers.pytorch_utils import Conv1D
 
     module = target.module
@@ -180,7 +186,12 @@ def _reason_to_leave(target: Target) -> str:
     patched = "forward" in vars(module) and not hasattr(module, "_hf_hook")
     if type(module) not in (nn.Linear, Conv1D) or patched:
         return f"a {type(module).__name__} with a forward pass of its own"
-    with _in_memory(module):
+    return ""
+
+
+def _offence(target: Target) -> str:
+    """The first group of the weight that is not 2:4, after "it is"; empty when there is none."""
+    with _in_memory(target.module):
         w = target.weight()
         if not ops.is_2to4(w):
             try:
