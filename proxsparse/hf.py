@@ -128,6 +128,7 @@ def detach(model: Any) -> None:
         (model, "is_quantized"),
         (model.config, "quantization_config"),
         (model.config, "_is_quantized"),
+        (model.config, "_pre_quantization_dtype"),  # transformers 4
     ):
         if name in vars(owner):
             delattr(owner, name)

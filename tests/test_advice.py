@@ -52,7 +52,7 @@ def test_no_weight_is_read(tiny_model: Any, tiny_model_name: str, tmp_path: Path
     assert [path.name for path in directory.iterdir()] == ["config.json"]
     result = advise(directory, device="cpu")
     assert result["shapes"] and result["model"]["byte_limit"] > 1
-    if tiny_model_name == "mixtral":
+    if tiny_model_name == "gpt_oss":
         assert "experts" in result["left_dense"]["model.layers.0.mlp.experts.gate_up_proj"]
 
 
@@ -71,7 +71,7 @@ def test_refusals(tiny_model: Any, tmp_path: Path) -> None:
         advise(DEMO, tokens=(0,))
     with pytest.raises(ProxsparseError, match="is not a directory"):
         advise(tmp_path / "nowhere")
-    moe = save_config(tiny_model, "mixtral", tmp_path / "moe")
+    moe = save_config(tiny_model, "gpt_oss", tmp_path / "moe")
     with pytest.raises(ProxsparseError, match=r"can be sparse: .*experts"):
         advise(moe, targets=("re:.*experts.*",), device="cpu")
 

@@ -117,7 +117,8 @@ def test_disk_offload(packed: Any, tmp_path: Path) -> None:
     _, directory = packed
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    loaded = load(directory, device_map=device_map, offload_folder=tmp_path / "offload")
+    settings = {"offload_folder": tmp_path / "offload", "offload_buffers": True}
+    loaded = load(directory, device_map=device_map, **settings)
     assert torch.equal(logits(loaded), logits(load(directory)))
 
 

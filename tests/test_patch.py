@@ -127,7 +127,7 @@ def test_refusals_change_nothing(tiny_model: TinyModel) -> None:
         sparsify_(model, memory="small")
     with pytest.raises(ProxsparseError, match="'x_proj' matches no weight"):
         sparsify_(model, targets=("x_proj",))
-    moe = prune_(tiny_model("mixtral"))
+    moe = prune_(tiny_model("gpt_oss"))
     with pytest.raises(
         ProxsparseError, match=r"gate_up_proj cannot be sparse: it is a tensor of ex"
     ):
