@@ -16,12 +16,16 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from proxsparse.registration import register
+
 if TYPE_CHECKING:
     from proxsparse.config import CalibrationConfig, LearnConfig, RunConfig, TargetConfig
     from proxsparse.errors import Interrupted, ProxsparseError
     from proxsparse.evaluate import evaluate_perplexity
-    from proxsparse.masks import Masks, apply_masks_
+    from proxsparse.masks import Masks, apply_masks_, keep_masks_, masks_of
+    from proxsparse.patch import densify_, sparsify_
     from proxsparse.pruning import PruneResult, learn_masks, prune
+    from proxsparse.sparse_linear import SparseLinear
 
 try:
     __version__ = version("proxsparse")
@@ -36,11 +40,16 @@ _HOME = {
     "ProxsparseError": "errors",
     "PruneResult": "pruning",
     "RunConfig": "config",
+    "SparseLinear": "sparse_linear",
     "TargetConfig": "config",
     "apply_masks_": "masks",
+    "densify_": "patch",
     "evaluate_perplexity": "evaluate",
+    "keep_masks_": "masks",
     "learn_masks": "pruning",
+    "masks_of": "masks",
     "prune": "pruning",
+    "sparsify_": "patch",
 }
 
 __all__ = [
@@ -51,12 +60,20 @@ __all__ = [
     "ProxsparseError",
     "PruneResult",
     "RunConfig",
+    "SparseLinear",
     "TargetConfig",
     "apply_masks_",
+    "densify_",
     "evaluate_perplexity",
+    "keep_masks_",
     "learn_masks",
+    "masks_of",
     "prune",
+    "sparsify_",
 ]
+
+
+register()
 
 
 def __getattr__(name: str) -> Any:

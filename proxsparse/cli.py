@@ -37,6 +37,14 @@ app = typer.Typer(
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 _Output = Annotated[str, typer.Option("--output", "-o", help="Directory to create.")]
 
+_Memory = Annotated[
+    str,
+    typer.Option(
+        help="min keeps the packed weights only; fast also the dense ones, so that no number of "
+        "tokens need be slower than dense."
+    ),
+]
+
 
 def _settings(*groups: tuple[str, type[Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one flag for each field of each (panel title, dataclass), default None.
@@ -196,6 +204,186 @@ def apply(
 
 
 @_command
+def pack(
+    model: Annotated[str, typer.Argument(help="A pruned model, directory or Hub name.")],
+    *,
+    output: _Output,
+    memory: _Memory = "min",
+    console: Console,
+) -> dict[str, Any]:
+    """Store the 2:4 layers of a pruned model packed: 9/16 of their bytes in 16 bits.
+
+    After `import proxsparse`, AutoModelForCausalLM.from_pretrained loads the result as a sparse
+    model. Nothing is lost: unpack gives back the same bits. Layers that are not 2:4 stay dense and
+    are named.
+
+    Example: proxsparse pack ./llama-2to4 --output ./llama-packed
+    """
+    from proxsparse.packing import pack as run
+
+    _quiet_transformers()
+    result = run(model, output, memory=memory)
+    for name, reason in result["left_dense"].items():
+        console.print(f"left dense: {name} ({reason})", highlight=False)
+    dense, packed = result["dense_bytes"], result["packed_bytes"]
+    before, after = map(_size, result["checkpoint_bytes"])
+    console.print(
+        f"{len(result['layers'])} layers packed: {_size(dense)} -> {_size(packed)} "
+        f"({packed / dense:.4f}); with all else {before} -> {after}, written to {output}",
+        highlight=False,
+    )
+    return {"output": output, **result}
+
+
+@_command
+def unpack(
+    model: Annotated[str, typer.Argument(help="A packed model, directory or Hub name.")],
+    *,
+    output: _Output,
+    console: Console,
+) -> dict[str, Any]:
+    """Turn a packed model back into the dense checkpoint with zeros, bit by bit.
+
+    Every program that reads Hugging Face models reads that one.
+    """
+    from proxsparse.packing import unpack as run
+
+    _quiet_transformers()
+    result = run(model, output)
+    before, after = map(_size, result["checkpoint_bytes"])
+    console.print(
+        f"{len(result['layers'])} layers unpacked: {before} -> {after}, written to {output}",
+        highlight=False,
+    )
+    return {"output": output, **result}
+
+
+@_command
+@_settings(("Layers", TargetConfig))
+def advise(
+    model: Annotated[str, typer.Argument(help="Model directory, or name on the Hub.")],
+    *,
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="Tokens per call: the batch size when generating, whole prompts when reading."
+        ),
+    ] = "1,16,256,4096",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    console: Console,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Say which layers would gain from 2:4 on this machine, before anything is converted.
+
+    Reads the model's config only. On a CUDA device each shape is measured dense and sparse;
+    elsewhere the limits are shown that bytes and operations set.
+
+    Example: proxsparse advise ./llama --tokens 1,4096
+    """
+    from proxsparse.advice import advise as run
+
+    _quiet_transformers()
+    try:
+        numbers = [int(number) for number in tokens.split(",")]
+    except ValueError as error:
+        raise ProxsparseError(
+            f"--tokens is {tokens!r}: give whole numbers with commas between"
+        ) from error
+    given = {name: tuple(value) for name, value in settings.items() if value}
+    result = run(model, tokens=numbers, device=device, **given)
+    measured, whole = result["measured"], result["model"]
+    shown = "speedup" if measured else "byte_limit"
+    title = "{} tokens, x" if measured else "bytes, {} tokens"
+    columns = [title.format(m) for m in numbers] + ([] if measured else ["operations"])
+    table = Table("layer shape", "layers", "dense", "packed", *columns)
+    for row in result["shapes"]:
+        limit = [] if measured else [f"{row['operation_limit']:.2f}"]
+        table.add_row(
+            "x".join(map(str, row["shape"])),
+            str(row["layers"]),
+            _size(row["dense_bytes"]),
+            _size(row["packed_bytes"]),
+            *(f"{row[shown][m]:.2f}" for m in numbers),
+            *limit,
+        )
+    console.print(table)
+    if measured:
+        speedups = ", ".join(f"{whole['speedup'][m]:.2f}x at {m}" for m in numbers)
+        console.print(f"measured on {result['device']} in {result['dtype']}, eager calls")
+        console.print(f"all layers and the lm_head together: {speedups}", highlight=False)
+    else:
+        console.print(
+            "There is no CUDA device, so nothing can be measured here. The figures are limits, not "
+            "speed-ups: a layer gains at most the figure of what binds it, the bytes it moves when "
+            "tokens are few, its operations when they are many.",
+            highlight=False,
+        )
+    console.print(
+        f"limits of the whole model, attention apart: {whole['byte_limit']:.2f}x where bytes bind "
+        f"(generating), {whole['operation_limit']:.2f}x where operations bind (reading prompts); "
+        f"weights {_size(whole['dense_bytes'])} -> {_size(whole['packed_bytes'])}",
+        highlight=False,
+    )
+    for name, reason in result["left_dense"].items():
+        console.print(f"left dense: {name} ({reason})", highlight=False)
+    return result
+
+
+@_command
+def generate(
+    model: Annotated[str, typer.Argument(help="A pruned model, dense or packed.")],
+    *,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 32,
+    compare: Annotated[
+        bool, typer.Option("--compare/--sparse-only", help="Run the dense model first, too.")
+    ] = True,
+    memory: _Memory = "min",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    console: Console,
+) -> dict[str, Any]:
+    """Continue a prompt with the model dense and sparse, and show both speeds side by side.
+
+    The choice of tokens is greedy, so both say the same unless rounding tips a near tie.
+
+    Example: proxsparse generate ./llama-2to4 --prompt "Once upon a time"
+    """
+    from proxsparse.generation import generate as run
+
+    _quiet_transformers()
+    result = run(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        compare=compare,
+        memory=memory,
+        device=device,
+    )
+    table = Table("weights", "bytes", "tokens", "seconds", "tokens/s")
+    for kind, figures in result["runs"].items():
+        table.add_row(
+            kind,
+            _size(figures["weight_bytes"]),
+            str(figures["num_tokens"]),
+            f"{figures['seconds']:.2f}",
+            f"{figures['tokens_per_second']:.1f}",
+        )
+    console.print(prompt + result["runs"]["sparse"]["text"], markup=False, highlight=False)
+    console.print(table)
+    console.print(
+        f"{result['sparse_layers']} sparse layers on {result['device']}, multiplied by the "
+        f"{result['backend']} backend",
+        highlight=False,
+    )
+    if result["backend"] == "reference":
+        console.print("The reference is correct, not fast: its speed says nothing about 2:4.")
+    if compare:
+        agree = "agree" if result["same_tokens"] else "differ"
+        console.print(f"the tokens of dense and sparse {agree}")
+    return result
+
+
+@_command
 def inspect_(
     model: Annotated[str, typer.Argument(help="Model directory, or name on the Hub.")],
     *,
@@ -221,7 +409,10 @@ def inspect_(
             {None: "-", True: "yes", False: "no"}[row["kept_bitwise"]],
         )
     console.print(table)
-    console.print(f"{result['num_2to4']} of {result['num_layers']} layers are 2:4", highlight=False)
+    packed = f", {result['num_packed']} of them packed" if result["num_packed"] else ""
+    console.print(
+        f"{result['num_2to4']} of {result['num_layers']} layers are 2:4{packed}", highlight=False
+    )
     if result["mask_file"]:
         console.print(f"the mask file beside it {result['mask_file']}")
     return result
@@ -302,6 +493,15 @@ def _print_layers(console: Console, layers: list[dict[str, Any]], title: str) ->
         overlap = f"{layer['overlap_with_magnitude']:.1%}"
         table.add_row(layer["name"], "x".join(map(str, layer["shape"])), overlap)
     console.print(table)
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes in the unit that suits them, e.g. 13.5 GB."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    return f"{size:.{0 if unit == 'B' else 1}f} {unit}"
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -13,6 +13,7 @@ from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.loading import load_model
 from proxsparse.masks import Masks
+from proxsparse.patch import densify_
 from proxsparse.targets import Target, find_targets
 
 
@@ -28,17 +29,20 @@ def inspect_model(
 
     Returns:
         {"layers": [{name, shape, is_2to4, zeros, negative_zeros, overlap_with_magnitude,
-        kept_bitwise}], "num_2to4": .., "num_layers": .., "mask_file": ..}. The last two columns of
-        a layer are None when neither `base` nor a report beside the checkpoint tells them;
-        mask_file is "matches", "differs" or None (there is none).
+        kept_bitwise}], "num_2to4": .., "num_layers": .., "num_packed": .., "mask_file": ..}. The
+        last two columns of a layer are None when neither `base` nor a report beside the checkpoint
+        tells them; mask_file is "matches", "differs" or None (there is none). A packed checkpoint
+        is looked at unpacked.
     """
     cpu = torch.device("cpu")
     loaded = load_model(model, cpu)
+    num_packed = len(densify_(loaded.model))
     targets = find_targets(loaded.model)
     originals: dict[str, Target] = {}
     if base is not None:
-        original = find_targets(load_model(base, cpu).model)
-        originals = {t.parameter_name: t for t in original.layers}
+        original = load_model(base, cpu).model
+        densify_(original)
+        originals = {t.parameter_name: t for t in find_targets(original).layers}
     recorded = _recorded_overlap(Path(loaded.id))
     rows = []
     for target in targets.layers:
@@ -59,6 +63,7 @@ def inspect_model(
         "layers": rows,
         "num_2to4": sum(row["is_2to4"] for row in rows),
         "num_layers": len(rows),
+        "num_packed": num_packed,
         "mask_file": _compare_mask_file(Path(loaded.id), targets.layers),
     }
 

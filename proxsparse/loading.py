@@ -54,14 +54,7 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    name = os.fspath(model)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    name = str(Path(name).expanduser()) if looks_local else name
-    if looks_local and not (Path(name) / "config.json").is_file():
-        what = "has no config.json" if Path(name).is_dir() else "is not a directory"
-        raise ProxsparseError(
-            f"{name} {what}: give the directory of a Hugging Face model, or its name on the Hub"
-        )
+    name = _resolve_name(model)
     try:
         config = AutoConfig.from_pretrained(name)
         result: Any = AutoModelForCausalLM.from_pretrained(
@@ -81,6 +74,47 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
         )
     revision = getattr(loaded.config, "_commit_hash", None)
     return LoadedModel(loaded.to(device), tokenizer, name, revision)
+
+
+def load_skeleton(model: str | os.PathLike[str]) -> Any:
+    """A causal LM on the meta device, from its config alone; a packed one as a dense one.
+
+    Args:
+        model: a local directory or a name on the Hugging Face Hub.
+
+    Raises:
+        ProxsparseError: not found, or not a causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = _resolve_name(model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=config.dtype
+            )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ProxsparseError(
+            f"{name} is not a causal language model: {_first_lines(error)}"
+        ) from error
+
+
+def _resolve_name(model: str | os.PathLike[str]) -> str:
+    """The model's directory or Hub name as transformers takes it.
+
+    Raises:
+        ProxsparseError: it looks like a directory, but holds no model.
+    """
+    name = os.fspath(model)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    name = str(Path(name).expanduser()) if looks_local else name
+    if looks_local and not (Path(name) / "config.json").is_file():
+        what = "has no config.json" if Path(name).is_dir() else "is not a directory"
+        raise ProxsparseError(
+            f"{name} {what}: give the directory of a Hugging Face model, or its name on the Hub"
+        )
+    return name
 
 
 def check_finite(targets: Targets) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from proxsparse import ops, reference
 from proxsparse.config import TargetConfig
@@ -102,14 +103,28 @@ class Masks(Mapping[str, Tensor]):
             raise ProxsparseError(
                 f"{path}: {name} has {codes.numel()} bytes of codes, which is not its shape {shape}"
             )
-        nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten()[:groups]
-        valid = _VALID[nibbles.long()]
-        if not valid.all():
-            group = int((~valid).nonzero()[0])
-            raise ProxsparseError(
-                f"{path}: {name} is not 2:4: group {group} has code {int(nibbles[group])}, which "
-                "does not keep two of four"
-            )
+        check_codes(codes, groups, f"{path}: {name}")
+
+
+def check_codes(codes: Tensor, num_groups: int, name: str) -> None:
+    """Refuse codes that do not keep two of four; decoding them would misplace weights in silence.
+
+    Args:
+        codes: uint8 [..., ceil(num_groups/2)], see `reference.mask_to_codes`.
+        num_groups: groups in a row.
+        name: what an error calls the tensor.
+
+    Raises:
+        ProxsparseError: names the first bad group, counted over all rows.
+    """
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :num_groups].flatten()
+    valid = _VALID.to(codes.device)[nibbles.long()]
+    if not valid.all():
+        group = int((~valid).nonzero()[0])
+        raise ProxsparseError(
+            f"{name} is not 2:4: group {group} has code {int(nibbles[group])}, which does not keep "
+            "two of four"
+        )
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -151,7 +166,6 @@ def targets_of(model: nn.Module, masks: Masks) -> Targets:
     return Targets(layers, everything.left_dense, everything.blocks, everything.block_names)
 
 
-@torch.no_grad()
 def apply_masks_(model: nn.Module, masks: Masks) -> None:
     """Zero the pruned weights of `model` in place.
 
@@ -165,7 +179,69 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
     Raises:
         ProxsparseError: a mask fits no layer of the model; nothing is changed then.
     """
-    for target in targets_of(model, masks).layers:
+    _zero_pruned_(targets_of(model, masks), masks)
+
+
+@torch.no_grad()
+def masks_of(model: nn.Module) -> Masks:
+    """The masks that a pruned model's zeros show.
+
+    A group with fewer than two non-zeros keeps zeros at its lowest free places, as when packed.
+
+    Args:
+        model: a dense model, pruned. Layers that are not 2:4 get no mask.
+
+    Raises:
+        ProxsparseError: no layer is 2:4.
+    """
+    masks = Masks()
+    for target in find_targets(model).layers:
+        if ops.is_2to4(target.weight()):
+            masks.add(target, ops.mask_2to4(target.weight()))
+    if not masks:
+        raise ProxsparseError(
+            f"no layer of {type(model).__name__} is 2:4, so it shows no masks: prune it first"
+        )
+    return masks
+
+
+def keep_masks_(
+    model: nn.Module, optimizer: torch.optim.Optimizer, masks: Masks | None = None
+) -> RemovableHandle:
+    """Hold a model's masks while it is trained on: now and after each step of the optimiser.
+
+    The optimiser may be any: momentum and weight decay may move a pruned weight, but it is +0.0
+    again before the next forward pass. A sparse model is turned dense first, with `densify_`, and
+    sparse again afterwards. What changes weights outside of steps, such as the merge of a LoRA
+    adapter, is followed by `apply_masks_`.
+
+    Args:
+        model: the model that is trained.
+        optimizer: what updates its weights.
+        masks: which weights stay; by default those that are not zero now, see `masks_of`.
+
+    Returns:
+        A handle; its `remove()` ends it.
+
+    Raises:
+        ProxsparseError: a mask fits no layer of the model, or none is given and no layer is 2:4.
+
+    Cost: per step one pass over the masked weights; 1 bit per weight on their device.
+    """
+    masks = masks_of(model) if masks is None else masks
+    targets = targets_of(model, masks)
+    codes = {
+        t.parameter_name: masks.codes[t.parameter_name].to(t.parameter.device)
+        for t in targets.layers
+    }
+    here = Masks(codes, masks.shapes, masks.metadata)
+    _zero_pruned_(targets, here)
+    return optimizer.register_step_post_hook(lambda *_: _zero_pruned_(targets, here))
+
+
+@torch.no_grad()
+def _zero_pruned_(targets: Targets, masks: Masks) -> None:
+    for target in targets.layers:
         w = target.weight()
         mask = masks[target.parameter_name].to(w.device)
         target.set_weight_(torch.where(mask, w, torch.zeros((), dtype=w.dtype, device=w.device)))

@@ -185,6 +185,11 @@ def _check_causal_lm(model: nn.Module) -> None:
         )
     # Some quantised layers keep their weight in buffers, where no look at parameters would find it.
     method = getattr(model, "quantization_method", None)
+    if method == "proxsparse":
+        raise ProxsparseError(
+            f"{kind} is packed already: make it dense first, with densify_ in memory or proxsparse "
+            "unpack on disk"
+        )
     if method is not None:
         raise ProxsparseError(
             f"{kind} is quantised ({getattr(method, 'value', method)}): prune the unquantised "

@@ -131,3 +131,50 @@ def test_help_is_fast_and_light() -> None:
 
     code = "import sys; import proxsparse.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: Any) -> Path:
+    output: Path = tmp_path_factory.mktemp("pruned") / "model"
+    proxsparse.prune(DEMO, output, method="magnitude")
+    return output
+
+
+def test_pack_inspect_generate_unpack(pruned: Path, tmp_path: Path) -> None:
+    packed, dense = str(tmp_path / "packed"), tmp_path / "dense"
+    result = last_json(run("pack", str(pruned), "-o", packed, "--json"))
+    assert result["packed_bytes"] / result["dense_bytes"] == 0.5625
+    assert "42 of 42 layers are 2:4, 42 of them packed" in run("inspect", packed).output
+
+    arguments = ["generate", packed, "--prompt", "import", "--max-new-tokens", "2"]
+    result = last_json(run(*arguments, "--device", "cpu", "--json"))
+    assert result["same_tokens"] and result["sparse_layers"] == 42 and result["speedup"] > 0
+    assert set(result["runs"]) == {"dense", "sparse"}
+    sizes = [result["runs"][kind]["weight_bytes"] for kind in ("sparse", "dense")]
+    assert sizes == last_json(run("unpack", packed, "-o", str(dense), "--json"))["checkpoint_bytes"]
+    assert (dense / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+
+
+def test_generate_shows_both_speeds_and_the_backend(pruned: Path) -> None:
+    arguments = ["generate", str(pruned), "--prompt", "import", "--max-new-tokens", "2"]
+    text = " ".join(run(*arguments, "--device", "cpu").output.split())
+    assert "dense" in text and "tokens/s" in text and "the tokens of dense and sparse agree" in text
+    assert "multiplied by the reference backend" in text and "correct, not fast" in text
+    alone = last_json(
+        run(*arguments, "--device", "cpu", "--sparse-only", "--memory=fast", "--json")
+    )
+    assert list(alone["runs"]) == ["sparse"] and alone["same_tokens"] is None
+    assert "the prompt is empty" in run("generate", str(pruned), "--prompt", "").stderr
+    refused = run(
+        "generate", DEMO, "--prompt", "import", "--max-new-tokens", "1", "--device", "cpu"
+    )
+    assert refused.exit_code == 1 and "can be sparse" in refused.stderr
+
+
+def test_advise_labels_its_limits() -> None:
+    text = " ".join(run("advise", DEMO, "--device", "cpu").output.split())
+    assert "192x512" in text and "nothing can be measured here" in text
+    assert "limits, not speed-ups" in text and "left dense: lm_head" in text
+    result = last_json(run("advise", DEMO, "--tokens", "1,8", "--device", "cpu", "--json"))
+    assert result["tokens"] == [1, 8]
+    assert "whole numbers" in run("advise", DEMO, "--tokens", "few").stderr

@@ -44,7 +44,10 @@ def test_first_screen_names_the_two_commands() -> None:
     assert re.search(r"^demo:", rules, re.M) and re.search(r"^test:", rules, re.M)
 
 
-@pytest.mark.parametrize("name", ["prune", "apply", "inspect", "eval", "env", "demo"])
+@pytest.mark.parametrize(
+    "name",
+    ["prune", "pack", "unpack", "advise", "generate", "apply", "inspect", "eval", "env", "demo"],
+)
 def test_every_command_is_listed(name: str) -> None:
     from proxsparse.cli import app
 

@@ -1,0 +1,251 @@
+"""A linear layer that keeps its 2:4 weight packed: two of every four weights, and where they stood.
+
+It replaces an `nn.Linear` (or transformers' `Conv1D`) without changing what the model computes, and
+turns back into it bit by bit. The packed form is all that is saved. Other forms of the same weight
+are built from it, for backends that are faster with them; `memory` says which are kept:
+
+* "min": only the packed form, 0.5625 of the bytes of a dense weight in 16 bits.
+* "fast": the dense weight too, so that no number of tokens need be slower than the dense layer, and
+  on a GPU the form of its sparse library: 1.5625 and about 2.13 of the dense bytes.
+
+The packed weight is frozen: gradients reach the input and the bias. To go on training, turn the
+model dense and hold its masks, see `masks.keep_masks_`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from proxsparse import ops
+from proxsparse.errors import ProxsparseError
+
+MEMORY = ("min", "fast")
+
+
+class SparseLinear(nn.Module):
+    """The linear layer x @ W^T + bias of a packed 2:4 weight W [N, K].
+
+    Inputs may have any leading dimensions, none included; under autocast they and the weight are
+    cast as those of `nn.Linear` are.
+
+    Args:
+        values: [N, K/2] kept weights, from `ops.pack_2to4`.
+        codes: uint8 [N, ceil(K/8)] their places, from `ops.pack_2to4`.
+        bias: [N], or None.
+        memory: "min" or "fast", see the module.
+        is_conv1d: whether `to_linear` gives a Conv1D, which stores its weight as [K, N].
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        bias: the bias as a parameter, or None.
+        values: as above, a persistent buffer.
+        codes: as above, a persistent buffer.
+        dense: [N, K], the weight unpacked, or None.
+        compressed: the weight in the form of the GPU's sparse library, or None.
+
+    Raises:
+        ProxsparseError: unknown `memory`, or tensors that are no packed weight.
+    """
+
+    bias: nn.Parameter | None
+    values: Tensor
+    codes: Tensor
+
+    def __init__(
+        self,
+        values: Tensor,
+        codes: Tensor,
+        bias: Tensor | None = None,
+        *,
+        memory: str = "min",
+        is_conv1d: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_features, half = values.shape
+        self.in_features = 2 * half
+        self.is_conv1d = is_conv1d
+        self.register_buffer("values", values)
+        self.register_buffer("codes", codes)
+        # No buffers: libraries that place or offload a model's buffers do not expect absent ones.
+        self.compressed: Tensor | None = None
+        self.dense: Tensor | None = None
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+        self.set_memory_(memory)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: Any, memory: str = "min", name: str = "") -> SparseLinear:
+        """Pack a layer whose weight is 2:4 already.
+
+        Args:
+            linear: an nn.Linear, or a Conv1D of transformers. Its bias is shared, not copied.
+            memory: "min" or "fast", see the module.
+            name: what an error calls the layer.
+
+        Returns:
+            The layer on the same device, in the same dtype.
+
+        Raises:
+            ProxsparseError: the weight is not 2:4 (the first offending group is named), or its
+                in_features are not a multiple of 4.
+        """
+        w, is_conv1d = _canonical_weight(linear)
+        try:
+            values, codes = ops.pack_2to4(w)
+        except ProxsparseError as error:
+            subject = name or f"the weight of {linear}"
+            raise ProxsparseError(f"{subject} {str(error).removeprefix('w ')}") from error
+        layer = cls(values, codes, linear.bias, memory=memory, is_conv1d=is_conv1d)
+        return layer.train(linear.training)
+
+    @classmethod
+    def empty_like(cls, linear: Any, memory: str = "min") -> SparseLinear:
+        """A layer of the shape, dtype and device of `linear`, to load a state dict into.
+
+        Its weight is whatever lay in memory.
+        """
+        w, is_conv1d = _canonical_weight(linear)
+        n, k = w.shape
+        values, codes = w.new_empty(n, k // 2), w.new_empty(n, (k + 7) // 8, dtype=torch.uint8)
+        layer = cls(values, codes, linear.bias, memory=memory, is_conv1d=is_conv1d)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Module:
+        """The dense layer again, sharing the bias.
+
+        Kept weights are bitwise the original ones, all others exact +0.0.
+        """
+        w = ops.unpack_2to4(self.values, self.codes)
+        linear: Any
+        if self.is_conv1d:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                linear = Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
+            w = w.T.contiguous()
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter(w)
+        linear.bias = self.bias
+        result: nn.Module = linear.train(self.training)
+        return result
+
+    def set_memory_(self, memory: str) -> None:
+        """Change which forms of the weight are kept; "min" frees all but the packed one.
+
+        Raises:
+            ProxsparseError: not "min" or "fast".
+        """
+        check_memory(memory)
+        self.memory = memory
+        self.refresh_()
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Build the other forms of the weight anew, after `values` or `codes` were written to."""
+        self.compressed = self.dense = None
+        if self.memory == "fast" and not self.values.is_meta and not self.codes.is_meta:
+            self.dense = ops.unpack_2to4(self.values, self.codes)
+            self.compressed = _compress(self.dense)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of each form of the weight that is kept: "packed", "compressed" and "dense"."""
+        forms = {
+            "packed": (self.values, self.codes),
+            "compressed": (self.compressed,),
+            "dense": (self.dense,),
+        }
+        return {
+            form: sum(0 if x is None else x.numel() * x.element_size() for x in tensors)
+            for form, tensors in forms.items()
+        }
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [N, K], for code that reads a layer's weight; not to be written to.
+
+        Cost: unpacked at each access, unless `memory` is "fast".
+        """
+        return ops.unpack_2to4(self.values, self.codes) if self.dense is None else self.dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., K], in the dtype of the weight unless autocast is on.
+
+        Returns:
+            [..., N].
+
+        Raises:
+            ProxsparseError: another last dimension, dtype or device than the weight's.
+        """
+        values, bias, compressed, dense = self.values, self.bias, self.compressed, self.dense
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # Autocast does not see into the op, so its rule is applied here: all but float64.
+            dtype = torch.get_autocast_dtype(kind)
+            x, values, bias, dense = (_autocast(t, dtype) for t in (x, values, bias, dense))
+            if values.dtype != self.values.dtype:
+                compressed = None
+        return ops.sparse_linear(x, values, self.codes, bias, compressed=compressed, dense=dense)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, memory={self.memory!r}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Behind .to(), .half(), .cuda() ...: only the packed form moves, the others follow it."""
+        before = self.values
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.values is not before:
+            self.refresh_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.refresh_()
+
+
+def check_memory(memory: str) -> None:
+    """Refuse an unknown memory policy.
+
+    Raises:
+        ProxsparseError: not one of `MEMORY`.
+    """
+    if memory not in MEMORY:
+        raise ProxsparseError(f"memory is {memory!r}: choose min or fast")
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Name -> layer, for every SparseLinear in the model, each once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+def _canonical_weight(linear: Any) -> tuple[Tensor, bool]:
+    """The layer's weight as [N, K], detached, and whether it is a Conv1D, stored as [K, N]."""
+    is_conv1d = not isinstance(linear, nn.Linear)
+    w = linear.weight.detach()
+    return (w.T if is_conv1d else w), is_conv1d
+
+
+def _compress(w: Tensor) -> Tensor | None:
+    """The form of the GPU's sparse library, or None where it has none for this weight."""
+    if not w.is_cuda or ops.can_compress(w.shape[0], w.shape[1], w.dtype):
+        return None
+    return ops.compress_2to4(w)
+
+
+def _autocast(x: Any, dtype: torch.dtype) -> Any:
+    return x if x is None or x.dtype == torch.float64 else x.to(dtype)

@@ -1,0 +1,197 @@
+"""The layer: what it computes, what it keeps, how it moves, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from proxsparse import ProxsparseError, SparseLinear, ops
+
+SHAPES = [(6, 16), (1, 4), (3, 20), (48, 32)]
+
+
+def dense_layer(n: int, k: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    linear = nn.Linear(k, n, bias=bias, dtype=dtype)
+    linear.weight.data = ops.project_2to4(linear.weight.data)
+    return linear
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("memory", ["min", "fast"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (0,), (2, 0)])
+def test_computes_what_the_dense_layer_computes(
+    memory: str, bias: bool, n: int, k: int, lead: tuple[int, ...]
+) -> None:
+    linear = dense_layer(n, k, bias)
+    sparse = SparseLinear.from_linear(linear, memory)
+    x = torch.randn(*lead, k)
+    assert torch.equal(sparse(x), linear(x))
+    assert (sparse.in_features, sparse.out_features) == (k, n)
+    assert sparse.bias is linear.bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_the_way_back_is_bitwise(dtype: torch.dtype, n: int, k: int) -> None:
+    linear = dense_layer(n, k, dtype=dtype).eval()
+    linear.weight.data[0, :4] = torch.tensor([0.0, -1.0, 0.0, 0.0])  # fewer than two non-zeros
+    back = SparseLinear.from_linear(linear).to_linear()
+    assert type(back) is nn.Linear and not back.training
+    assert same_bits(back.weight, linear.weight) and back.bias is linear.bias
+    assert back.weight.requires_grad
+    assert (back.in_features, back.out_features) == (k, n)
+
+
+def test_conv1d_is_transposed_and_comes_back_as_one() -> None:
+    conv = Conv1D(12, 8)
+    conv.weight.data = ops.project_2to4(conv.weight.data.T).T.contiguous()
+    sparse = SparseLinear.from_linear(conv)
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(sparse(x), conv(x))
+    back = sparse.to_linear()
+    assert type(back) is Conv1D and same_bits(back.weight, conv.weight)
+    assert torch.equal(back(x), conv(x)) and back.weight.is_contiguous()
+
+
+def test_a_pruned_minus_zero_becomes_plus_zero() -> None:
+    linear = dense_layer(1, 4, bias=False)
+    linear.weight.data = torch.tensor([[-0.0, 1.0, 2.0, -0.0]])
+    assert not SparseLinear.from_linear(linear).weight.signbit().any()
+
+
+def test_refuses_a_weight_that_is_not_2to4() -> None:
+    linear = dense_layer(6, 16)
+    linear.weight.data[2, 8:12] = 1.0
+    message = r"^layers.0.up_proj is not 2:4: row 2, columns 8 to 11 hold \[1.0, 1.0, 1.0, 1.0\]"
+    with pytest.raises(ProxsparseError, match=message):
+        SparseLinear.from_linear(linear, name="layers.0.up_proj")
+    with pytest.raises(ProxsparseError, match=r"^the weight of Linear\(in_features=16"):
+        SparseLinear.from_linear(linear)
+    with pytest.raises(ProxsparseError, match=r"^q has shape \[6, 18\].* multiple of 4"):
+        SparseLinear.from_linear(nn.Linear(18, 6), name="q")
+    with pytest.raises(ProxsparseError, match="memory is 'max': choose min or fast"):
+        SparseLinear.from_linear(dense_layer(6, 16), "max")
+
+
+def test_state_dict_holds_the_packed_form_only() -> None:
+    sparse = SparseLinear.from_linear(dense_layer(8, 16, dtype=torch.bfloat16), "fast")
+    state = sparse.state_dict()
+    assert set(state) == {"values", "codes", "bias"}
+    assert state["values"].shape == (8, 8) and state["codes"].shape == (8, 2)
+    assert sparse.memory_bytes() == {"packed": 144, "compressed": 0, "dense": 256}
+    sparse.set_memory_("min")
+    assert sparse.memory_bytes() == {"packed": 144, "compressed": 0, "dense": 0}
+    assert 144 / 256 == 0.5625
+
+
+def test_other_forms_follow_a_loaded_weight() -> None:
+    first, second = dense_layer(6, 16), dense_layer(6, 16)
+    sparse = SparseLinear.from_linear(first, "fast")
+    sparse.load_state_dict(SparseLinear.from_linear(second).state_dict())
+    x = torch.randn(3, 16)
+    assert torch.equal(sparse.dense, second.weight) and torch.equal(sparse(x), second(x))
+
+
+def test_a_layer_like_another_takes_its_weight() -> None:
+    linear = dense_layer(3, 20).eval()
+    with torch.device("meta"):
+        sparse = SparseLinear.empty_like(nn.Linear(20, 3), "fast")
+    assert sparse.values.is_meta and sparse.dense is None
+    sparse.load_state_dict(SparseLinear.from_linear(linear).state_dict(), assign=True)
+    x = torch.randn(3, 20)
+    assert torch.equal(sparse(x), linear(x)) and sparse.dense is not None
+
+
+@pytest.mark.parametrize("memory", ["min", "fast"])
+def test_dtype_moves(memory: str) -> None:
+    linear = dense_layer(6, 16)
+    sparse = SparseLinear.from_linear(linear, memory).to(torch.bfloat16)
+    linear = linear.to(torch.bfloat16)
+    x = torch.randn(2, 16, dtype=torch.bfloat16)
+    assert sparse.codes.dtype == torch.uint8
+    assert torch.equal(sparse(x), linear(x)) and torch.equal(sparse.weight, linear.weight)
+    dense = sparse.dense
+    assert sparse.to("cpu").dense is dense  # nothing moved, nothing is rebuilt
+    assert sparse.to("meta").dense is None
+    with pytest.raises(ProxsparseError, match=r"x is torch.float32 on cpu, but the weight is"):
+        SparseLinear.from_linear(linear)(x.float())
+
+
+@pytest.mark.parametrize("memory", ["min", "fast"])
+def test_copies_and_pickles(memory: str) -> None:
+    sparse = SparseLinear.from_linear(dense_layer(6, 16), memory)
+    x, file = torch.randn(2, 16), io.BytesIO()
+    torch.save(sparse, file)
+    file.seek(0)
+    for other in (copy.deepcopy(sparse), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), sparse(x)) and other.values is not sparse.values
+        assert other.memory == memory and (other.dense is None) == (memory == "min")
+
+
+@pytest.mark.parametrize("memory", ["min", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_autocast_is_that_of_a_dense_layer(memory: str, dtype: torch.dtype) -> None:
+    linear = dense_layer(6, 16, dtype=dtype)
+    sparse = SparseLinear.from_linear(linear, memory)
+    x = torch.randn(3, 16, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = sparse(x), linear(x)
+    assert y.dtype == expected.dtype and torch.equal(y, expected)
+    grads: Any = []
+    for layer in (sparse, linear):
+        z = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(z).sum().backward()
+        grads.append(z.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("memory", ["min", "fast"])
+def test_gradients_are_those_of_a_dense_layer(memory: str) -> None:
+    linear = dense_layer(6, 16)
+    sparse = SparseLinear.from_linear(copy.deepcopy(linear), memory)
+    x = torch.randn(2, 3, 16)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    sparse(a).square().sum().backward()
+    linear(b).square().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(sparse.bias.grad, linear.bias.grad)
+    assert [name for name, _ in sparse.named_parameters()] == ["bias"]
+
+
+@pytest.mark.parametrize("memory", ["min", "fast"])
+def test_compiles_into_one_graph(memory: str) -> None:
+    sparse = SparseLinear.from_linear(dense_layer(6, 16), memory)
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    for x in (torch.randn(2, 16), torch.randn(7, 16)):
+        assert torch.equal(compiled(x), sparse(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(x), sparse(x))
+
+
+def test_weight_is_readable_only() -> None:
+    linear = dense_layer(6, 16)
+    for memory in ("min", "fast"):
+        sparse = SparseLinear.from_linear(linear, memory)
+        assert torch.equal(sparse.weight, linear.weight) and sparse.weight.device.type == "cpu"
+        for value in (linear.weight, torch.zeros(6, 16)):
+            with pytest.raises((KeyError, AttributeError)):
+                sparse.weight = value
+
+
+def test_repr_says_what_it_is() -> None:
+    sparse = SparseLinear.from_linear(dense_layer(6, 16))
+    assert repr(sparse) == ("SparseLinear(in_features=16, out_features=6, bias=True, memory='min')")
