@@ -17,6 +17,7 @@ from __future__ import annotations
 import bisect
 import contextvars
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -197,6 +198,8 @@ def executor(
     if candidate.executor == "cusparselt":
         return CuSparseLt(candidate, device, dtype, n, k, bias is not None)
     if candidate.executor == "decode":
+        if not _cuda.has_decode:
+            return _run_decode_op
         layout = (0, 0, 0) if candidate.algorithm < 0 else DECODE_LAYOUTS[candidate.algorithm]
         return Decode(layout, device, dtype, n, k)
     return RUNS[candidate.executor]
@@ -303,29 +306,40 @@ class Decode:
         return out
 
 
+def _run_decode_op(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
+) -> Tensor:
+    # Of the op's backends Triton's is left; in a context of its own, as in `_run_unpacked`.
+    op = torch.ops.proxsparse.sparse_linear_decode
+    y: Tensor = contextvars.Context().run(op, x, values, codes, bias)
+    return y
+
+
 def can_decode(k: int, tokens: int, dtype: torch.dtype, device: int) -> str:
-    """Why the kernel for few tokens cannot run here; empty when it can."""
-    if not _cuda.has_decode:
-        return "the extension was built without its CUDA kernels"
+    """Why no kernel for few tokens can run here; empty when one can.
+
+    Ours is in the extension if nvcc was there when it was built; if not, Triton's stands in.
+    """
+    if not _cuda.has_decode and importlib.util.find_spec("triton") is None:
+        return "the extension was built without its CUDA kernels, and Triton is not installed"
     if dtype not in CODES:
         return f"it takes bfloat16 and float16, and the weight is {dtype}"
     if tokens > MAX_DECODE_TOKENS:
         return f"it takes at most {MAX_DECODE_TOKENS} tokens, and there are {tokens}"
-    if k % _DECODE_MULTIPLE:
-        return f"in_features must be a multiple of {_DECODE_MULTIPLE}, and is {k}"
+    multiple = _DECODE_MULTIPLE if _cuda.has_decode else 8
+    if k % multiple:
+        return f"in_features must be a multiple of {multiple}, and is {k}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return f"sparse tensor cores need compute capability 8.0, and this GPU has {capability}"
+        return f"it needs compute capability 8.0, and this GPU has {capability}"
     return ""
 
 
-def sparse_linear_decode_cuda(
-    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None
-) -> Tensor:
+def _sparse_linear_decode(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.sparse_linear_decode`; x of 1 to 64 tokens, bfloat16 or float16.
 
     Raises:
-        ProxsparseError: the kernel cannot take this shape or dtype, or is not there.
+        ProxsparseError: the kernel cannot take this shape or dtype.
         RuntimeError: the launch failed; its text and the shapes are named.
     """
     n, half = values.shape
@@ -336,6 +350,10 @@ def sparse_linear_decode_cuda(
         raise ProxsparseError(f"sparse_linear_decode cannot run: {reason}")
     with torch.cuda.device(x.device):
         return Decode((0, 0, 0), x.get_device(), x.dtype, n, 2 * half)(x, values, codes, bias)
+
+
+if _cuda.has_decode:  # without it the op runs on Triton
+    sparse_linear_decode_cuda = _sparse_linear_decode
 
 
 def _decode_is_right(device: int) -> bool:
@@ -359,9 +377,10 @@ def _probe_decode(device: int) -> bool:
     with torch.cuda.device(device):
         packed = w.to(device, torch.bfloat16)
         values, codes = contextvars.Context().run(torch.ops.proxsparse.pack_2to4, packed)
-        run = Decode((0, 0, 0), device, torch.bfloat16, n, k)
+        run = executor(tuning.Candidate("decode"), device, torch.bfloat16, n, k, None)
         for tokens in (1, 9, 17, 64):
-            result = run(x[:tokens].to(device, torch.bfloat16), values, codes, None)
+            rows = x[:tokens].to(device, torch.bfloat16)
+            result = run(rows, values, codes, None, None, None)
             if not torch.equal(result, exact[:tokens]):
                 _log.warning(
                     "the kernel for few tokens is wrong on %s and is not used: please report it",

@@ -63,7 +63,8 @@ class Bench:
         found = [Candidate(name) for name in backend_cuda.RUNS if name != "dense"]
         dtype = self._weights[0].dense.dtype
         if not backend_cuda.can_decode(cell.k, cell.bucket, dtype, self._device):
-            layouts = range(tuning.LIBRARY_CHOICE, len(backend_cuda.DECODE_LAYOUTS))
+            count = len(backend_cuda.DECODE_LAYOUTS) if _cuda.has_decode else 0
+            layouts = range(tuning.LIBRARY_CHOICE, count)
             found += [Candidate("decode", layout) for layout in layouts]
         problem = _cuda.SparseLinear(
             *(self._device, backend_cuda.CODES[dtype], cell.n, cell.k),

@@ -163,3 +163,46 @@ def test_refuses_what_it_cannot(
     x, _, values, codes = make(m, 16, k, torch.bfloat16)
     with pytest.raises(AssertionError, match=message):
         emulate(x, values, codes)
+
+
+@pytest.mark.sparse_tc
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1040, 1088), (16, 64), (4096, 14336)])
+def test_every_layout_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
+    backend = pytest.importorskip("proxsparse.backend_cuda")
+    if not backend._cuda.has_decode:
+        pytest.fail("the extension was built without its CUDA kernels")
+    for m in (1, 7, 16, 17, 33, 64):
+        x, w, values, codes = (t.cuda() for t in make(m, n, k, dtype))
+        bias = torch.randint(-9, 10, (n,), device="cuda").to(dtype)
+        expected = exact(x, w, bias)
+        for layout in ((0, 0, 0), *backend.DECODE_LAYOUTS):
+            if layout[2] > 1 and torch.cuda.get_device_capability() < (9, 0):
+                continue
+            run = backend.Decode(layout, 0, dtype, n, k)
+            torch.full((m, n), torch.nan, dtype=dtype, device="cuda")  # poisons what run reuses
+            assert torch.equal(run(x, values, codes, bias), expected), layout
+
+
+@pytest.mark.sparse_tc
+def test_the_op_runs_on_the_kernel_and_repeats_bitwise() -> None:
+    w = ops.project_2to4(torch.randn(4096, 4096, device="cuda").bfloat16())
+    x = torch.randn(3, 4, 4096, device="cuda").bfloat16()
+    values, codes = ops.pack_2to4(w)
+    y = ops.sparse_linear_decode(x, values, codes)
+    expected = x.double() @ w.double().T
+    dense = (x @ w.T).double()
+    assert (y.double() - expected).norm() <= 1.1 * (dense - expected).norm()
+    assert all(torch.equal(y, ops.sparse_linear_decode(x, values, codes)) for _ in range(20))
+
+
+@pytest.mark.sparse_tc
+def test_a_captured_graph_replays_with_new_tokens() -> None:
+    x, w, values, codes = (t.cuda() for t in make(8, 512, 1024, torch.bfloat16))
+    ops.sparse_linear(x, values, codes)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.sparse_linear(x, values, codes)
+    x.copy_(x.flip(0))
+    graph.replay()
+    assert torch.equal(y, exact(x, w))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 # Capabilities of the A100, the H100/H200 and the B200.
 TARGETS = (80, 90, 100)
-INTEGERS = ("n", "K", "num_bytes")  # multiples of 16 here
+INTEGERS = ("n", "K", "M", "N", "num_bytes")  # multiples of 16 here
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 UPDATE = {"STEPS": 2, "VECTOR": 8, "BLOCK": 1024}
 MIXED = {"STEPS": 3, "VECTOR": 4, "BLOCK": 1024}
@@ -128,11 +128,25 @@ def test_compiled_kernel(
     )
     assert (loads, stores) == wide
 
-    cubin = tmp_path / "kernel.cubin"
+    assert stack_bytes(compiled, tmp_path) == 0
+
+
+def stack_bytes(compiled: Any, folder: Path) -> int:
+    """Bytes of stack of a thread: that is where spilled registers live."""
+    cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run(
         [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
-    # A spilled register lives on the stack.
     (stack,) = re.findall(r"STACK:(\d+)", usage)
-    assert stack == "0", usage
+    return int(stack)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_decode_compiles_without_spills(tokens: int, capability: int, tmp_path: Path) -> None:
+    """It feeds a matrix product, so unlike above its values must change layout."""
+    constants = {"TOKENS": tokens, "BLOCK_N": 16, "BLOCK_K": 256}
+    types = dict.fromkeys(("x", "values", "bias", "y"), "bf16") | {"codes": "u8"}
+    compiled = compile_kernel("sparse_linear_decode", types, constants, False, capability)
+    assert stack_bytes(compiled, tmp_path) == 0

@@ -26,6 +26,7 @@ from proxsparse.kernels.pack_2to4 import pack_2to4_triton
 from proxsparse.kernels.project_2to4 import project_2to4_triton
 from proxsparse.kernels.prox_2to4 import _prox_2to4_kernel, prox_2to4_triton
 from proxsparse.kernels.prox_adamw import prox_adamw_triton
+from proxsparse.kernels.sparse_linear_decode import sparse_linear_decode_triton
 from proxsparse.kernels.unpack_2to4 import unpack_2to4_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -461,3 +462,26 @@ def test_offsets_beyond_two_to_the_31() -> None:
     values, codes = pack_2to4_triton(projected)
     assert torch.equal(unpack_2to4_triton(values, codes)[-4096:], projected[-4096:])
     assert torch.equal(prox_2to4_triton(w, 0.3)[-4096:], prox_2to4_triton(tail, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 2, 17, 64])
+@pytest.mark.parametrize(("n", "k"), [(20, 24), (48, 328)])
+def test_sparse_linear_decode(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """Small whole numbers: every sum is exact in float32, whatever its order."""
+    w = torch.randint(-4, 5, (n, k)).to(dtype)
+    w = reference.project_2to4(w, torch.rand(n, k))
+    x, bias = torch.randint(-3, 4, (m, k)).to(dtype), torch.randint(-3, 4, (n,)).to(dtype)
+    values, codes = reference.pack_2to4(w)
+    operands = [t.to(DEVICE) for t in (x, values, codes, bias)]
+    y = sparse_linear_decode_triton(*operands)
+    exact = x.double() @ w.double().T
+    assert torch.equal(y.cpu(), (exact + bias.double()).to(dtype))
+    assert torch.equal(sparse_linear_decode_triton(*operands[:3]).cpu(), exact.to(dtype))
+
+
+def test_sparse_linear_decode_refuses_what_it_cannot() -> None:
+    x = torch.zeros(1, 12, device=DEVICE, dtype=torch.bfloat16)
+    values, codes = reference.pack_2to4(torch.zeros(4, 12, device=DEVICE, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="a multiple of 8"):
+        sparse_linear_decode_triton(x, values, codes)
