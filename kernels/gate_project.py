@@ -15,7 +15,7 @@ PRIOR_FLOOR = tl.constexpr(1e-3)
 
 @triton.jit
 def columns(first, K, ROW_SPANS_TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Int32 [BLOCK], the column in a row of K of each element of the tile that begins at `first`."""
+    """Int32 [BLOCK], the column in its row of K of each element of the tile from `first` on."""
     column = (first % K).to(tl.int32) + tl.arange(0, BLOCK)
     if ROW_SPANS_TILE:
         column = tl.where(column < K, column, column - K)

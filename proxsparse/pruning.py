@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,19 @@ from torch import nn
 
 from proxsparse.calibration import Calibration, load_calibration
 from proxsparse.checkpoint import Checkpoints
+from proxsparse.config import replace
 from proxsparse.errors import ProxsparseError
 from proxsparse.learn import Job
-from proxsparse.loading import LoadedModel, check_finite, load_model, resolve_device, save_model
+from proxsparse.loading import (
+    LoadedModel,
+    build_model,
+    check_finite,
+    load_model,
+    resolve_device,
+    save_model,
+)
 from proxsparse.masks import Masks, apply_masks_, layer_report, model_fingerprint, targets_of
+from proxsparse.memory import choose_memory
 from proxsparse.precision import computing_in, resolve_dtype
 from proxsparse.recipe import Recipe, make_recipe
 from proxsparse.targets import Targets, find_targets
@@ -82,6 +91,7 @@ def learn_masks(
             "mask_only=True, or use prune()"
         )
     targets = find_targets(model, recipe.targets)
+    recipe = settle_memory(recipe, model, targets, next(model.parameters()).device)
     check_finite(targets)
     source = recipe.calibration.calibration if calibration is None else calibration
     data = load_data(source, tokenizer, recipe, model)
@@ -125,7 +135,11 @@ def prune(
     recipe = make_recipe(method, preset, **settings)
     with output_directory(output, resume=resume) as partial:
         began = time.perf_counter()
-        base = load_model(model, resolve_device(recipe.run.device))
+        device = resolve_device(recipe.run.device)
+        skeleton = build_model(model, torch.device("meta"))
+        skeleton_targets = find_targets(skeleton, recipe.targets)
+        recipe = settle_memory(recipe, skeleton, skeleton_targets, device)
+        base = _load_base(model, recipe, device)
         targets = find_targets(base.model, recipe.targets)
         check_finite(targets)
         source = recipe.calibration.calibration if calibration is None else calibration
@@ -241,6 +255,36 @@ def output_directory(output: str | os.PathLike[str], *, resume: bool = False) ->
     os.replace(partial, final)
 
 
+def _load_base(model: str | os.PathLike[str], recipe: Recipe, device: torch.device) -> LoadedModel:
+    if not recipe.run.random_init:
+        return load_model(model, device)
+    torch.manual_seed(recipe.calibration.seed)
+    return LoadedModel(build_model(model, device), None, os.fspath(model), None)
+
+
+def settle_memory(
+    recipe: Recipe, model: nn.Module, targets: Targets, device: torch.device
+) -> Recipe:
+    """The recipe with a mode of memory that fits in place of auto; says what it will take.
+
+    Args:
+        recipe: the settings; those of a method that does not learn come back as they are.
+        model: the model, here or on the meta device.
+        targets: what is pruned.
+        device: where it will run.
+
+    Raises:
+        ProxsparseError: nothing fits, or not what was asked for.
+    """
+    if not recipe.method.learned:
+        return recipe
+    num_tokens = recipe.learn.batch_size * recipe.calibration.max_seq_length
+    mode = choose_memory(
+        model, targets, recipe.learn.memory, recipe.method.memory, num_tokens, device
+    )
+    return dataclasses.replace(recipe, learn=replace(recipe.learn, {"memory": mode}))
+
+
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
     import transformers
@@ -259,6 +303,12 @@ def load_data(source: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> 
     """The calibration blocks that `recipe` asks for; None for a method that needs no data."""
     if not recipe.method.needs_data:
         return None
+    if recipe.run.random_init:
+        shape = (recipe.num_samples, recipe.calibration.max_seq_length)
+        random = torch.Generator().manual_seed(recipe.calibration.seed)
+        vocab_size = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+        tokens = torch.randint(vocab_size, shape, generator=random)
+        return Calibration(tokens, "random tokens", tokens.numel(), tokens.numel(), "random")
     return load_calibration(source, tokenizer, recipe.calibration, recipe.num_samples, model)
 
 
@@ -290,6 +340,10 @@ def run_method(
         the original ones, unless the method updates the weights it keeps.
     """
     torch.manual_seed(recipe.calibration.seed)
+    device = next(model.parameters()).device
+    if recipe.learn.memory == "auto":
+        recipe = settle_memory(recipe, model, targets, device)
+    memory = recipe.learn.memory if recipe.method.learned else ""
     job = Job(
         model=model,
         targets=targets,
@@ -300,9 +354,56 @@ def run_method(
         metrics=metrics,
         resume=resume,
     )
-    with computing_in(model, resolve_dtype(recipe.run.dtype, model)):
-        masks = recipe.method.run(job)
+    try:
+        with (
+            computing_in(model, resolve_dtype(recipe.run.dtype, model, memory)),
+            tracking(recipe, metrics) as job.track,
+        ):
+            masks = recipe.method.run(job)
+    except torch.OutOfMemoryError as error:
+        modes = list(recipe.method.memory)
+        less = modes[modes.index(memory) + 1 :] if memory else []
+        way_out = f"--memory {less[0]}, " if less else ""
+        raise ProxsparseError(
+            f"{device} ran out of memory ({str(error).splitlines()[0]}): try {way_out}a smaller "
+            "--batch-size or a smaller --max-seq-length"
+        ) from error
     return masks, job.history
+
+
+@contextlib.contextmanager
+def tracking(
+    recipe: Recipe, metrics: Path | None
+) -> Iterator[Callable[[dict[str, float]], None] | None]:
+    """A function that hands a record of metrics to the tracker of the recipe, if it names one.
+
+    Raises:
+        ProxsparseError: accelerate does not know the tracker, or it is not installed.
+    """
+    if recipe.run.tracker is None:
+        yield None
+        return
+    from accelerate import Accelerator
+
+    directory = str(metrics.parent) if metrics else "."
+    try:
+        accelerator = Accelerator(cpu=True, log_with=recipe.run.tracker, project_dir=directory)
+        accelerator.init_trackers("proxsparse", config=_flat(recipe.as_dict()))
+        if not accelerator.trackers:
+            raise ImportError("it is not installed")
+    except (ValueError, ImportError) as error:
+        raise ProxsparseError(
+            f"--tracker {recipe.run.tracker} cannot be used ({error}): install it, or leave "
+            "--tracker out; metrics.jsonl is written anyway"
+        ) from error
+    try:
+        yield lambda record: accelerator.log(record, step=int(record["step"]))
+    finally:
+        accelerator.end_training()
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
 
 
 def mask_metadata(

@@ -499,7 +499,7 @@ def _quantize_(codes: Tensor, x: Tensor, scale: Tensor, top: int, random: torch.
     """The inverse of `_dequantize`, in place, with the largest magnitude of a block at `top`."""
     blocks = x.flatten(-2)
     blocks = torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % QUANTUM_BLOCK))
-    scale.copy_(blocks.unflatten(-1, (-1, QUANTUM_BLOCK)).abs().amax(-1) / top)
+    scale.copy_(blocks.reshape(*scale.shape, QUANTUM_BLOCK).abs().amax(-1) / top)
     unit = _dequantize(torch.ones_like(codes), scale)
     whole = (torch.where(unit > 0, x / unit, 0.0) + _uniform_like(x, random)).floor()
     codes.copy_(whole.clamp(-top, top))

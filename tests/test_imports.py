@@ -32,8 +32,8 @@ LAYERS = (
     ("_cpu", "kernels", "proxsparse"),  # the package's own file knows its members by name only
     ("errors", "config", "reference", "ops", "backend_cpu", "plots"),
     ("targets", "precision", "checkpoint", "corpus"),
-    ("masks", "observe", "calibration", "loading"),
-    ("evaluate", "layerwise"),
+    ("masks", "observe", "calibration", "loading", "streaming"),
+    ("evaluate", "layerwise", "memory"),
     ("learn",),
     ("methods",),
     ("recipe",),
