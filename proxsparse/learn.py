@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from proxsparse import ops
+from proxsparse import distributed, ops
 from proxsparse.checkpoint import Checkpoints
 from proxsparse.config import LearnConfig
 from proxsparse.errors import Interrupted, ProxsparseError
@@ -144,11 +144,13 @@ def learn(job: Job, rule: Rule) -> Masks:
         ProxsparseError: the loss became NaN or infinite.
     """
     layers = job.targets.layers
+    distributed.reshard(job.model)
     w0 = {t.name: t.weight() for t in layers}
     if not rule.on_demand:
         w0 = {name: w.clone(memory_format=torch.contiguous_format) for name, w in w0.items()}
     states = {t.name: rule.start(t, w0[t.name]) for t in layers}
-    done = _restore(job, states)
+    rows = {f"{t.name}/{key}": t.shape[0] for t in layers for key in states[t.name]}
+    done = _restore(job, states, rows)
     run = _Run(job, rule, w0, states)
     try:
         with (
@@ -157,14 +159,14 @@ def learn(job: Job, rule: Rule) -> Masks:
             run.current_weights(),
             _stop_requests() as stop,
         ):
-            _loop(run, done, stop)
+            _loop(run, done, stop, rows)
         masks = Masks()
         for t in layers:
-            masks.add(t, run.mask(t))
+            masks.add(t, distributed.all_rows(run.mask(t), t.shape))
     finally:
         if not rule.on_demand:
             for t in layers:
-                t.set_weight_(w0[t.name])
+                t.weight().copy_(w0[t.name])
     return masks
 
 
@@ -256,12 +258,17 @@ class _Run:
             before = self.mask_bits.get(target.name, bits)
             flips.append(_unpack_bits(bits ^ before).sum())
             self.mask_bits[target.name] = bits
-        return torch.stack(flips).sum().item() / sum(w.numel() for w in self.w0.values())
+        total = sum(math.prod(t.shape) for t in self.job.targets.layers)
+        return distributed.sum_over_processes(torch.stack(flips).sum()).item() / total
 
 
-def _loop(run: _Run, done: int, stop: threading.Event) -> None:
+def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> None:
     job, config = run.job, run.job.learn
-    device = next(job.model.parameters()).device
+    device, world = next(job.model.parameters()).device, distributed.world_size()
+    if config.batch_size % world:
+        raise ProxsparseError(
+            f"--batch-size {config.batch_size} cannot be shared out evenly to {world} processes"
+        )
     order = _Order(job.tokens.shape[0], config.batch_size, config.seed)
     peak = run.rule.lr if config.lr is None else config.lr
     loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss
@@ -270,22 +277,27 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
     one = torch.ones((), device=device)
     losses: list[Tensor] = []
     run.share_flipped()
-    bar = tqdm(total=config.steps, initial=done, desc="learning", unit="step", disable=None)
+    quiet = None if distributed.is_main() else True
+    bar = tqdm(total=config.steps, initial=done, desc="learning", unit="step", disable=quiet)
     began = time.perf_counter()
     for t in range(done, config.steps):
-        batch = job.tokens[order.indices(t)].to(device, non_blocking=True)
+        mine = order.indices(t)[distributed.rank() :: world]
+        batch = job.tokens[mine].to(device, non_blocking=True)
         lr = peak * _schedule(t, config.steps)
         run.moment = Moment(step=t + 1, progress=t / config.steps, lr=lr, grad_scale=one)
         losses.append(run.step(batch, loss))
         bar.update()
         finished = t + 1 == config.steps
         save = config.checkpoint_every > 0 and (t + 1) % config.checkpoint_every == 0
-        if len(losses) == _METRICS_EVERY or finished or save or stop.is_set():
+        # Processes stop together, so they ask each other only when they talk anyway.
+        stopping = stop.is_set() and world == 1
+        if len(losses) == _METRICS_EVERY or finished or save or stopping:
+            stopping = _any(stop.is_set(), device)
             record = {"step": t + 1, "loss": _finite_mean(job, losses, t + 1), "lr": lr}
             record["share_2to4"] = _share_2to4(run.rule, run.states)
             record["share_flipped"] = run.share_flipped()
             record["tokens_per_second"] = round(
-                (t + 1 - done) * batch.numel() / (time.perf_counter() - began), 1
+                (t + 1 - done) * batch.numel() * world / (time.perf_counter() - began), 1
             )
             record["memory_gb"] = memory_gb(device)
             losses.clear()
@@ -296,9 +308,9 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
             if job.track is not None:
                 job.track(record)
             bar.set_postfix(loss=f"{record['loss']:.3f}", at_2to4=f"{record['share_2to4']:.1%}")
-        if not finished and (save or stop.is_set()) and job.checkpoints is not None:
-            job.checkpoints.save(t + 1, _flatten(run.states))
-        if stop.is_set() and not finished:
+        if not finished and (save or stopping) and job.checkpoints is not None:
+            job.checkpoints.save(t + 1, _flatten(run.states), rows)
+        if stopping and not finished:
             bar.close()
             if job.checkpoints is None:
                 raise Interrupted(
@@ -309,6 +321,13 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
                 f"{job.checkpoints.last_path()}: run the same command with --resume to go on"
             )
     bar.close()
+
+
+def _any(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if distributed.world_size() == 1:
+        return flag
+    return bool(distributed.sum_over_processes(torch.tensor(int(flag), device=device)).item())
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
@@ -333,6 +352,8 @@ def _grad_scale(layers: tuple[Target, ...], max_norm: float) -> Tensor:
     """The factor that clips the global gradient norm, computed on the device."""
     norms = [g.float().norm() for g in (t.grad() for t in layers) if g is not None]
     total = torch.stack(norms).norm()
+    if distributed.world_size() > 1:
+        total = distributed.sum_over_processes(total.square()).sqrt()
     return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
 
@@ -340,7 +361,9 @@ def _share_2to4(rule: Rule, states: dict[str, State]) -> float:
     """The share of groups with at most two non-zeros in the variable being regularised."""
     groups = [rule.variable(state).reshape(-1, 4) for state in states.values()]
     good = torch.stack([(g != 0).sum(-1, dtype=torch.uint8).le(2).sum() for g in groups]).sum()
-    return good.item() / sum(g.shape[0] for g in groups)
+    total = torch.tensor(sum(g.shape[0] for g in groups), device=good.device)
+    good, total = distributed.sum_over_processes(torch.stack((good, total))).tolist()
+    return float(good / total)
 
 
 def _finite_mean(job: Job, losses: list[Tensor], last: int) -> float:
@@ -349,7 +372,9 @@ def _finite_mean(job: Job, losses: list[Tensor], last: int) -> float:
     Raises:
         ProxsparseError: one of them is not finite; names the step and the last good checkpoint.
     """
-    values = torch.stack(losses).tolist()
+    values = (
+        distributed.sum_over_processes(torch.stack(losses)) / distributed.world_size()
+    ).tolist()
     for i, value in enumerate(values):
         if not math.isfinite(value):
             step = last - len(values) + 1 + i
@@ -384,15 +409,12 @@ def _flatten(states: dict[str, State]) -> dict[str, Tensor]:
     return {f"{name}/{key}": x for name, state in states.items() for key, x in state.items()}
 
 
-def _restore(job: Job, states: dict[str, State]) -> int:
+def _restore(job: Job, states: dict[str, State], rows: dict[str, int]) -> int:
     """Copy the latest checkpoint into `states`; returns the steps it had done."""
-    found = job.checkpoints.latest() if job.resume and job.checkpoints else None
-    if found is None:
+    if not job.resume or job.checkpoints is None:
         return 0
-    done, tensors = found
-    for name, x in _flatten(states).items():
-        x.copy_(tensors[name])
-    if job.metrics is not None and job.metrics.exists():
+    done = job.checkpoints.restore_(_flatten(states), rows)
+    if done and job.metrics is not None and job.metrics.exists():
         records = [json.loads(line) for line in job.metrics.read_text("utf-8").splitlines()]
         job.history.extend(record for record in records if record["step"] <= done)
         lines = "".join(json.dumps(record) + "\n" for record in job.history)

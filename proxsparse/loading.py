@@ -57,10 +57,11 @@ def build_model(model: str | os.PathLike[str], device: torch.device) -> Any:
     try:
         config = AutoConfig.from_pretrained(name)
         with device:
-            built = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+            build: Any = AutoModelForCausalLM.from_config
+            built = build(config, dtype=config.dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ProxsparseError(
-            f"{name} is not the configuration of a causal language model: {_first_lines(error)}"
+            f"{name} cannot be loaded as a causal language model: {_first_lines(error)}"
         ) from error
     return built.eval()
 

@@ -63,6 +63,7 @@ def estimate_memory(
     states_per_weight: float,
     num_tokens: int,
     device: torch.device,
+    num_processes: int = 1,
 ) -> Estimate:
     """The memory of one step. Reads shapes only, so a model on the meta device will do.
 
@@ -71,8 +72,9 @@ def estimate_memory(
         targets: what is pruned.
         mode: fast, balanced or low.
         states_per_weight: bytes that the method keeps per pruned weight beside the parameter.
-        num_tokens: in a step.
+        num_tokens: in a step of one process.
         device: where it will run.
+        num_processes: that share weights and states; the memory is that of one.
     """
     lean = mode != "fast"
     own = targets.layers[0].parameter.element_size()
@@ -92,8 +94,8 @@ def estimate_memory(
     logits = num_tokens * vocab
     return Estimate(
         mode=mode,
-        weights=width * sum(p.numel() for p in model.parameters()),
-        states=pruned * (states_per_weight + 1 / 8),
+        weights=width * sum(p.numel() for p in model.parameters()) / num_processes,
+        states=pruned * (states_per_weight + 1 / 8) / num_processes,
         work=width * (2 * largest + (block if lean else 0)),
         activations=max(per_block) + num_tokens * hidden * act * len(blocks)
         if lean
@@ -133,6 +135,7 @@ def choose_memory(
     modes: Mapping[str, float],
     num_tokens: int,
     device: torch.device,
+    num_processes: int = 1,
 ) -> str:
     """The mode to run in; what it will take goes to the log.
 
@@ -141,8 +144,9 @@ def choose_memory(
         targets: what is pruned.
         wanted: auto, or one of the modes.
         modes: mode -> bytes of states per pruned weight, the fastest first; what the method can do.
-        num_tokens: in a step.
+        num_tokens: in a step of one process.
         device: where it will run.
+        num_processes: that share weights and states.
 
     Raises:
         ProxsparseError: the method has no such mode; it does not fit, and which one would.
@@ -154,7 +158,7 @@ def choose_memory(
         )
     budget = available_memory(device, model)
     estimates = {
-        mode: estimate_memory(model, targets, mode, per_weight, num_tokens, device)
+        mode: estimate_memory(model, targets, mode, per_weight, num_tokens, device, num_processes)
         for mode, per_weight in modes.items()
     }
     fitting = [mode for mode, estimate in estimates.items() if estimate.total <= budget]

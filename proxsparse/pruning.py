@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from proxsparse import distributed
 from proxsparse.calibration import Calibration, load_calibration
-from proxsparse.checkpoint import Checkpoints
+from proxsparse.checkpoint import Checkpoints, checkpoints_in
 from proxsparse.config import replace
 from proxsparse.errors import ProxsparseError
 from proxsparse.learn import Job
@@ -133,13 +134,20 @@ def prune(
         settings["calibration"] = os.fspath(calibration)
         calibration = None
     recipe = make_recipe(method, preset, **settings)
-    with output_directory(output, resume=resume) as partial:
+    device = distributed.own_device(resolve_device(recipe.run.device))
+    several = distributed.world_size() > 1
+    if several and not recipe.method.learned:
+        raise ProxsparseError(
+            f"method {recipe.method.name} runs in one process: start it without torchrun"
+        )
+    with distributed.joined(device), output_directory(output, resume=resume) as partial:
         began = time.perf_counter()
-        device = resolve_device(recipe.run.device)
         skeleton = build_model(model, torch.device("meta"))
         skeleton_targets = find_targets(skeleton, recipe.targets)
         recipe = settle_memory(recipe, skeleton, skeleton_targets, device)
-        base = _load_base(model, recipe, device)
+        # Of several processes each reads the whole model and keeps its rows of it on the device.
+        home = torch.device("cpu") if several else device
+        base = _load_base(model, recipe, home)
         targets = find_targets(base.model, recipe.targets)
         check_finite(targets)
         source = recipe.calibration.calibration if calibration is None else calibration
@@ -148,9 +156,15 @@ def prune(
         checkpoints = Checkpoints(
             partial / "checkpoints", recipe.key(fingerprint, data.fingerprint if data else "")
         )
-        masks, history = run_method(
-            base.model, targets, data, recipe, checkpoints, partial / "metrics.jsonl", resume
-        )
+        metrics = partial / "metrics.jsonl" if distributed.is_main() else None
+        if several:
+            shard(base.model, targets, recipe, device)
+        masks, history = run_method(base.model, targets, data, recipe, checkpoints, metrics, resume)
+        if not distributed.is_main():
+            return PruneResult(masks, {}, history)
+        if several:
+            base = _load_base(model, recipe, home)
+            targets = find_targets(base.model, recipe.targets)
         masks.metadata.update(mask_metadata(recipe, fingerprint, base.id, base.revision))
         layers = layer_report(targets, masks)
         apply_masks_(base.model, masks)
@@ -229,11 +243,15 @@ def output_directory(output: str | os.PathLike[str], *, resume: bool = False) ->
     """
     final = Path(output).expanduser().absolute()
     partial = final.with_name(final.name + ".partial")
+    if not distributed.is_main():
+        distributed.barrier()
+        yield partial
+        return
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise ProxsparseError(
             f"{output} exists and is not empty: choose another --output or remove it first"
         )
-    if not resume and any((partial / "checkpoints").glob("*.safetensors")):
+    if not resume and checkpoints_in(partial / "checkpoints"):
         raise ProxsparseError(
             f"an unfinished run lies in {partial}: continue it with --resume, or remove it"
         )
@@ -243,16 +261,28 @@ def output_directory(output: str | os.PathLike[str], *, resume: bool = False) ->
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProxsparseError(f"the output directory {output} cannot be made: {error}") from error
+    distributed.barrier()
     try:
         yield partial
     except BaseException:
-        if not any((partial / "checkpoints").glob("*.safetensors")):
+        if not checkpoints_in(partial / "checkpoints"):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(partial / "checkpoints", ignore_errors=True)
     if final.is_dir():
         final.rmdir()
     os.replace(partial, final)
+
+
+def shard(model: nn.Module, targets: Targets, recipe: Recipe, device: torch.device) -> None:
+    """Split a model over the processes of the job, in the dtype to learn in.
+
+    The model then serves for learning only: its weights do not get their own dtype back.
+    """
+    dtype = resolve_dtype(recipe.run.dtype, model, recipe.learn.memory)
+    if dtype is not None:
+        model.to(dtype)
+    distributed.shard_(model, targets, device)
 
 
 def _load_base(model: str | os.PathLike[str], recipe: Recipe, device: torch.device) -> LoadedModel:
@@ -278,10 +308,15 @@ def settle_memory(
     """
     if not recipe.method.learned:
         return recipe
-    num_tokens = recipe.learn.batch_size * recipe.calibration.max_seq_length
-    mode = choose_memory(
-        model, targets, recipe.learn.memory, recipe.method.memory, num_tokens, device
-    )
+    world = distributed.world_size()
+    num_tokens = -(-recipe.learn.batch_size // world) * recipe.calibration.max_seq_length
+    modes = dict(recipe.method.memory)
+    if world > 1:
+        # The scales of 8-bit states span rows. What is gathered cannot be made on demand: each
+        # process keeps its rows of the original weights as well.
+        modes.pop("low", None)
+        modes["balanced"] += targets.layers[0].parameter.element_size()
+    mode = choose_memory(model, targets, recipe.learn.memory, modes, num_tokens, device, world)
     return dataclasses.replace(recipe, learn=replace(recipe.learn, {"memory": mode}))
 
 
@@ -344,6 +379,7 @@ def run_method(
     if recipe.learn.memory == "auto":
         recipe = settle_memory(recipe, model, targets, device)
     memory = recipe.learn.memory if recipe.method.learned else ""
+    dtype = resolve_dtype(recipe.run.dtype, model, memory)
     job = Job(
         model=model,
         targets=targets,
@@ -356,7 +392,7 @@ def run_method(
     )
     try:
         with (
-            computing_in(model, resolve_dtype(recipe.run.dtype, model, memory)),
+            computing_in(model, None if distributed.world_size() > 1 else dtype),
             tracking(recipe, metrics) as job.track,
         ):
             masks = recipe.method.run(job)

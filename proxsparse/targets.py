@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
@@ -86,7 +87,12 @@ class Target:
         self.weight().copy_(w)
 
     def canonical(self, stored: Tensor) -> Tensor:
-        """A tensor of the parameter's layout as a view [N, K] or [E, N, K]."""
+        """A tensor of the parameter's layout as a view [N, K] or [E, N, K].
+
+        Of one that is split over processes, the rows of this one.
+        """
+        if isinstance(stored, DTensor):
+            stored = stored.to_local()
         return stored.mT if self.transposed else stored
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import distributed, ops, reference
 from proxsparse.config import LearnConfig
 from proxsparse.layerwise import collect_input_norms
 from proxsparse.learn import Job, Moment, Rule, State, learn
@@ -42,7 +42,8 @@ class _Gates(Rule):
     def __init__(self, learn_config: LearnConfig, norms: dict[str, Tensor]) -> None:
         self.norms = norms
         self.memory, self.seed = learn_config.memory, learn_config.seed
-        self.on_demand = self.memory in ("balanced", "low")
+        # Of several processes each keeps its rows twice; what they compute with is gathered.
+        self.on_demand = self.memory in ("balanced", "low") and distributed.world_size() == 1
         peak = self.lr if learn_config.lr is None else learn_config.lr
         self.lam_per_step = peak * (self.lam if learn_config.lam is None else learn_config.lam)
 
@@ -50,7 +51,8 @@ class _Gates(Rule):
         def full(value: int, dtype: torch.dtype) -> Tensor:
             return torch.full(w0.shape, value, dtype=dtype, device=w0.device)
 
-        state = {"act_norm": self.norms[target.name]}
+        norm = self.norms[target.name]
+        state = {"act_norm": distributed.own_rows(norm) if norm.dim() > 1 else norm}
         if self.memory != "low":
             dtype = torch.bfloat16 if self.memory == "balanced" else w0.dtype
             return state | {"s": full(1, dtype), "m": full(0, dtype), "v": full(0, dtype)}
