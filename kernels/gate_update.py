@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .adam import adam, bias_corrections
 from .bits import keep_two
+from .gate_project import columns, gate_prior
 from .group import (
     ALL,
     join_group,
     prox_group,
     reciprocal,
-    reciprocal_root,
     round_to,
     scalar,
     split_group,
@@ -28,8 +28,6 @@ from .group import (
 )
 from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_width
 from .rounding import QUANTUM_BLOCK, dequantize, quantize, random_bits, uniform
-
-PRIOR_FLOOR = tl.constexpr(1e-3)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -71,12 +69,7 @@ def _gate_update_kernel(
     start = tl.program_id(1).to(tl.int64) * n + first
     offset = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), VECTOR), VECTOR)
     mask = tl.max_constancy(offset < tl.minimum(n - first, BLOCK).to(tl.int32), VECTOR)
-    column = (first % K).to(tl.int32) + tl.arange(0, BLOCK)
-    if ROW_SPANS_TILE:
-        column = tl.where(column < K, column, column - K)
-    else:
-        column %= K
-    column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
+    column = columns(first, K, ROW_SPANS_TILE, BLOCK)
     norm_ptr += tl.program_id(1).to(tl.int64) * K
 
     grad = tl.load(grad_ptr + start + offset, mask, 0.0).to(tl.float32)
@@ -96,12 +89,7 @@ def _gate_update_kernel(
         s *= 1.0 / 255
         bits = random_bits(seed, count, start, BLOCK)
 
-    a, b, c, d = split_group(tl.abs(w0) * norm, BLOCK)
-    # The floor under the mean square only keeps a group of zeros from dividing by zero.
-    scale = reciprocal_root(tl.maximum(0.25 * (a * a + b * b + c * c + d * d), 1e-37))
-    a, b = tl.maximum(a * scale, PRIOR_FLOOR), tl.maximum(b * scale, PRIOR_FLOOR)
-    c, d = tl.maximum(c * scale, PRIOR_FLOOR), tl.maximum(d * scale, PRIOR_FLOOR)
-
+    a, b, c, d = gate_prior(w0, norm, BLOCK)
     m_scale, v_scale = bias_corrections(count, log_beta1, log_beta2)
     ds = grad * w0 * scalar(grad_scale)
     m, v, direction = adam(ds, m, v, beta1, beta2, eps, v_scale)
@@ -164,7 +152,6 @@ def gate_update_triton(
     eps: float,
     out: Tensor | None = None,
     hard: bool = False,
-    *,
     scales: Tensor | None = None,
     seed: int = 0,
 ) -> None:

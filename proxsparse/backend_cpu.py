@@ -123,8 +123,13 @@ def gate_update_cpu(
     eps: float,
     out: Tensor | None,
     hard: bool,
+    scales: None = None,
+    seed: int = 0,
 ) -> None:
-    """See `reference.gate_update_`; updates s, m, v (and out) in one pass, any floating dtypes."""
+    """See `reference.gate_update_`; updates s, m, v (and out) in one pass, any floating dtypes.
+
+    States of 8 bits, and with them scales and seed, are left to the reference.
+    """
     _cpu.gate_update(
         *(_operand(x) for x in (s, grad, w0, m, v, act_norm, out)),
         s.numel(),
@@ -132,4 +137,12 @@ def gate_update_cpu(
         *(x.item() for x in (step, lr, lam, grad_scale)),
         *(beta1, beta2, eps, hard),
         torch.get_num_threads(),
+    )
+
+
+def gate_project_cpu(s: Tensor, w0: Tensor, act_norm: Tensor, out: Tensor) -> None:
+    """See `reference.gate_project_`; writes out in one pass, any floating dtypes."""
+    _cpu.gate_project(
+        *(_operand(x) for x in (s, w0, act_norm, out)),
+        *(s.numel(), *s.shape[-2:], torch.get_num_threads()),
     )

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from proxsparse.config import (
     RunConfig,
     TargetConfig,
 )
-from proxsparse.errors import Interrupted, ProxsparseError
+from proxsparse.errors import Interrupted, ProcessLost, ProxsparseError
 
 app = typer.Typer(
     name="proxsparse",
@@ -90,18 +91,20 @@ def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         as_json = kwargs.pop("json", False)
-        console = Console(stderr=as_json)
-        logging.basicConfig(format="%(message)s", level=logging.INFO)
+        is_main = os.environ.get("RANK", "0") == "0"  # of the processes of a launcher
+        console = Console(stderr=as_json, quiet=not is_main)
+        logging.basicConfig(format="%(message)s", level="INFO" if is_main else "ERROR")
         for name in ("httpx", "datasets", "matplotlib"):
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
             result = function(*args, console=console, **kwargs)
         except ProxsparseError as error:
-            typer.echo(f"proxsparse: {error}", err=True)
-            if as_json:
+            if is_main or isinstance(error, ProcessLost):
+                typer.echo(f"proxsparse: {error}", err=True)
+            if as_json and is_main:
                 typer.echo(json.dumps({"error": str(error)}))
             raise typer.Exit(130 if isinstance(error, Interrupted) else 1) from error
-        if as_json:
+        if as_json and is_main:
             typer.echo(json.dumps(result))
 
     signature = inspect.signature(function, eval_str=True)
@@ -160,6 +163,8 @@ def prune(
     _quiet_transformers()
     result = run(model, output, method=method, preset=preset, resume=resume, **settings)
     report = result.report
+    if not report:  # not the main process
+        return {}
     _print_layers(console, report["layers"], "kept as by magnitude")
     for name, reason in report["left_dense"].items():
         console.print(f"left dense: {name} ({reason})", highlight=False)

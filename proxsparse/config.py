@@ -86,6 +86,13 @@ class LearnConfig(_Checked):
     batch_size: int = option(8, "Blocks per step.", minimum=1)
     lr: float | None = option(None, "Peak learning rate (default: the method's).", minimum=0)
     lam: float | None = option(None, "Proximal strength (default: the method's).", minimum=0)
+    memory: Literal["auto", "fast", "balanced", "low"] = option(
+        "auto",
+        "What is kept per weight while learning. fast: float32 weights and states (20 bytes); "
+        "balanced: the model's own dtype, states in bfloat16, gradients and "
+        "logits never whole, activations computed twice (8 bytes); low: the same with 8-bit states "
+        "(5 bytes; gates only). auto: the first that fits.",
+    )
     checkpoint_every: int = option(
         50, "Steps between checkpoints; 0 writes one only when interrupted.", minimum=0
     )
@@ -103,6 +110,14 @@ class RunConfig(_Checked):
         "auto",
         "Precision while learning: auto, float32, bfloat16 or float16. The pruned model is always "
         "saved in the dtype of the base model.",
+    )
+    random_init: bool = option(
+        False,
+        "Ignore the model's weights and text: random weights of its shape (MODEL may be a mere "
+        "config.json) and random tokens. For measurements.",
+    )
+    tracker: str | None = option(
+        None, "Also report metrics to one of accelerate's trackers, e.g. tensorboard or wandb."
     )
 
 

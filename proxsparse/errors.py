@@ -12,3 +12,7 @@ class ProxsparseError(ValueError):
 
 class Interrupted(ProxsparseError):
     """The run was stopped on request and has saved what is needed to go on."""
+
+
+class ProcessLost(ProxsparseError):
+    """One of several processes ended and took the job with it; each of the others says so."""

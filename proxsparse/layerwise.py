@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from proxsparse.observe import observe_inputs
 from proxsparse.precision import autocast, eval_mode
+from proxsparse.streaming import replacing_forward
 from proxsparse.targets import Target, Targets
 
 
@@ -141,17 +142,10 @@ def _stopping_after(blocks: tuple[nn.Module, ...]) -> Iterator[None]:
 @contextlib.contextmanager
 def _skipping(blocks: tuple[nn.Module, ...], output: Any) -> Iterator[None]:
     """Let each of `blocks` return `output` at once; the last of them decides what follows."""
-    originals = [(block, block.__dict__.get("forward")) for block in blocks]
-    for block in blocks:
-        block.forward = lambda *_, **__: output
-    try:
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(replacing_forward(block, lambda *_, **__: output))
         yield
-    finally:
-        for block, original in originals:
-            if original is None:
-                del block.forward
-            else:
-                block.forward = original
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -27,13 +28,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from proxsparse import ops
+from proxsparse import distributed, ops
 from proxsparse.checkpoint import Checkpoints
 from proxsparse.config import LearnConfig
 from proxsparse.errors import Interrupted, ProxsparseError
 from proxsparse.evaluate import next_token_loss
 from proxsparse.masks import Masks
+from proxsparse.memory import memory_gb
 from proxsparse.precision import eval_mode
+from proxsparse.streaming import (
+    can_chunk,
+    chunked_next_token_loss,
+    consuming_gradients,
+    recomputing,
+    weights_on_demand,
+)
 from proxsparse.targets import Target, Targets
 
 _METRICS_EVERY = 10  # steps between looks at the loss: each look makes a GPU wait for the host
@@ -55,6 +64,7 @@ class Job:
         checkpoints: where to checkpoint; None keeps nothing on disk.
         metrics: path of metrics.jsonl; None keeps the history in memory only.
         resume: continue from the latest checkpoint.
+        track: called with every record, for a tracker.
         history: one dict per look at the loss, filled by the loop.
     """
 
@@ -66,6 +76,7 @@ class Job:
     checkpoints: Checkpoints | None = None
     metrics: Path | None = None
     resume: bool = False
+    track: Callable[[dict[str, float]], None] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -87,30 +98,42 @@ class Moment:
 
 
 class Rule(abc.ABC):
-    """What a learned method adds to the loop."""
+    """What a learned method adds to the loop.
+
+    Weights and gradients come as [N, K] or [E, N, K]; `w0` is the layer's original weight.
+
+    Attributes:
+        lr: the default peak learning rate.
+        max_grad_norm: if not None, the global norm of the gradients is clipped to this, for which
+            all of them have to exist at once.
+        on_demand: the model keeps w0 and its weights are made block by block, when they are needed;
+            else it holds the current ones, and w0 is a copy. Not together with max_grad_norm.
+    """
 
     lr: float
     max_grad_norm: float | None = None
+    on_demand: bool = False
 
     @abc.abstractmethod
-    def start(self, target: Target) -> State:
+    def start(self, target: Target, w0: Tensor) -> State:
         """The state of a layer before the first step; saved in checkpoints, restored in place."""
 
     @abc.abstractmethod
-    def sync_(self, target: Target, state: State) -> None:
-        """Put the weight that `state` stands for into the model."""
+    def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
+        """Write the weight to compute with into `out`; in the end its top two per group are kept.
+
+        `out` is like w0, and not contiguous where the model stores the transpose.
+        """
 
     @abc.abstractmethod
-    def update_(self, target: Target, state: State, grad: Tensor, moment: Moment) -> None:
-        """One step: change the state in place and the model's weight with it."""
+    def update_(
+        self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
+    ) -> None:
+        """One step: change the state in place, and write the new weight if `out` is given."""
 
     @abc.abstractmethod
     def variable(self, state: State) -> Tensor:
         """The tensor that the regulariser drives to 2:4."""
-
-    @abc.abstractmethod
-    def score(self, target: Target, state: State) -> Tensor:
-        """What ranks the weights of a group; the two largest magnitudes are kept."""
 
 
 def learn(job: Job, rule: Rule) -> Masks:
@@ -121,75 +144,173 @@ def learn(job: Job, rule: Rule) -> Masks:
         ProxsparseError: the loss became NaN or infinite.
     """
     layers = job.targets.layers
-    original = {t.name: t.weight().clone() for t in layers}
-    states = {t.name: rule.start(t) for t in layers}
-    done = _restore(job, states)
+    distributed.reshard(job.model)
+    w0 = {t.name: t.weight() for t in layers}
+    if not rule.on_demand:
+        w0 = {name: w.clone(memory_format=torch.contiguous_format) for name, w in w0.items()}
+    states = {t.name: rule.start(t, w0[t.name]) for t in layers}
+    rows = {f"{t.name}/{key}": t.shape[0] for t in layers for key in states[t.name]}
+    done = _restore(job, states, rows)
+    run = _Run(job, rule, w0, states)
     try:
         with (
             eval_mode(job.model),
             _only_targets_require_grad(job.model, job.targets),
+            run.current_weights(),
             _stop_requests() as stop,
         ):
-            for target in layers:
-                rule.sync_(target, states[target.name])
-            _loop(job, rule, states, done, stop)
+            _loop(run, done, stop, rows)
         masks = Masks()
-        with torch.no_grad():
-            for t in layers:
-                masks.add(t, ops.mask_2to4(rule.score(t, states[t.name])))
-    finally:
         for t in layers:
-            t.set_weight_(original[t.name])
+            masks.add(t, distributed.all_rows(run.mask(t), t.shape))
+    finally:
+        if not rule.on_demand:
+            for t in layers:
+                t.weight().copy_(w0[t.name])
     return masks
 
 
-def _loop(job: Job, rule: Rule, states: dict[str, State], done: int, stop: threading.Event) -> None:
-    config, layers = job.learn, job.targets.layers
-    device = next(job.model.parameters()).device
-    order = _Order(job.tokens.shape[0], config.batch_size, config.seed)
-    peak = rule.lr if config.lr is None else config.lr
-    losses: list[Tensor] = []
-    bar = tqdm(total=config.steps, initial=done, desc="learning", unit="step", disable=None)
-    began = time.perf_counter()
-    for t in range(done, config.steps):
-        batch = job.tokens[order.indices(t)].to(device, non_blocking=True)
-        loss = next_token_loss(job.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        with torch.no_grad():
-            moment = Moment(
-                step=t + 1,
-                progress=t / config.steps,
-                lr=peak * _schedule(t, config.steps),
-                grad_scale=_grad_scale(layers, rule.max_grad_norm, device),
+@dataclass
+class _Run:
+    """The parts of a run that its steps share."""
+
+    job: Job
+    rule: Rule
+    w0: dict[str, Tensor]
+    states: dict[str, State]
+    moment: Moment | None = None
+    updated: set[str] = field(default_factory=set)
+    mask_bits: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def current_weights(self) -> Iterator[None]:
+        """The model computes with the weights that the states stand for."""
+        lean = self.job.learn.memory in ("balanced", "low")
+        with contextlib.ExitStack() as stack:
+            if self.rule.on_demand:
+                stack.enter_context(weights_on_demand(self.job.targets, self.write))
+            else:
+                for target in self.job.targets.layers:
+                    self.write(target, target.weight())
+                if lean:
+                    blocks = self.job.targets.blocks
+                    stack.enter_context(recomputing(blocks, lambda _: contextlib.nullcontext()))
+            if self.rule.max_grad_norm is None:
+                stack.enter_context(consuming_gradients(self.job.targets.layers, self.update))
+            yield
+
+    def write(self, target: Target, out: Tensor) -> None:
+        """Fill `out` with the weight to compute with now."""
+        self.rule.weight_(self.w0[target.name], self.states[target.name], out)
+
+    @torch.no_grad()
+    def update(self, target: Target, grad: Tensor) -> None:
+        """One step of one layer."""
+        assert self.moment is not None
+        self.updated.add(target.name)
+        out = None if self.rule.on_demand else target.weight()
+        name = target.name
+        self.rule.update_(self.w0[name], self.states[name], grad, self.moment, out)
+
+    @torch.no_grad()
+    def mask(self, target: Target) -> Tensor:
+        """What would be kept now, bool [N, K] or [E, N, K]."""
+        w = target.weight()
+        if self.rule.on_demand:
+            w = torch.empty_like(w, memory_format=torch.contiguous_format)
+            self.write(target, w)
+        return ops.mask_2to4(w)
+
+    def step(self, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """Forward, backward and the update of every layer; returns the loss.
+
+        Raises:
+            ProxsparseError: a layer has no gradient.
+        """
+        layers = self.job.targets.layers
+        self.updated.clear()
+        value = loss(self.job.model, batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        if self.rule.max_grad_norm is not None:
+            assert self.moment is not None
+            self.moment = dataclasses.replace(
+                self.moment, grad_scale=_grad_scale(layers, self.rule.max_grad_norm)
             )
             for target in layers:
                 grad = target.grad()
-                if grad is None:
-                    raise ProxsparseError(
-                        f"{target.name} took no part in the loss, so nothing can be learned about "
-                        "it: leave it dense with --ignore"
-                    )
-                rule.update_(target, states[target.name], grad, moment)
-                target.parameter.grad = None
+                if grad is not None:
+                    self.update(target, grad)
+                    target.parameter.grad = None
+        for target in layers:
+            if target.name not in self.updated:
+                raise ProxsparseError(
+                    f"{target.name} took no part in the loss, so nothing can be learned about "
+                    "it: leave it dense with --ignore"
+                )
+        return value.detach()
+
+    @torch.no_grad()
+    def share_flipped(self) -> float:
+        """The share of all weights kept now and pruned at the last call, or the other way round."""
+        flips = []
+        for target in self.job.targets.layers:
+            bits = _pack_bits(self.mask(target))
+            before = self.mask_bits.get(target.name, bits)
+            flips.append(_unpack_bits(bits ^ before).sum())
+            self.mask_bits[target.name] = bits
+        total = sum(math.prod(t.shape) for t in self.job.targets.layers)
+        return distributed.sum_over_processes(torch.stack(flips).sum()).item() / total
+
+
+def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> None:
+    job, config = run.job, run.job.learn
+    device, world = next(job.model.parameters()).device, distributed.world_size()
+    if config.batch_size % world:
+        raise ProxsparseError(
+            f"--batch-size {config.batch_size} cannot be shared out evenly to {world} processes"
+        )
+    order = _Order(job.tokens.shape[0], config.batch_size, config.seed)
+    peak = run.rule.lr if config.lr is None else config.lr
+    loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss
+    if config.memory in ("balanced", "low") and can_chunk(job.model, job.tokens[:1].to(device)):
+        loss = chunked_next_token_loss
+    one = torch.ones((), device=device)
+    losses: list[Tensor] = []
+    run.share_flipped()
+    quiet = None if distributed.is_main() else True
+    bar = tqdm(total=config.steps, initial=done, desc="learning", unit="step", disable=quiet)
+    began = time.perf_counter()
+    for t in range(done, config.steps):
+        mine = order.indices(t)[distributed.rank() :: world]
+        batch = job.tokens[mine].to(device, non_blocking=True)
+        lr = peak * _schedule(t, config.steps)
+        run.moment = Moment(step=t + 1, progress=t / config.steps, lr=lr, grad_scale=one)
+        losses.append(run.step(batch, loss))
         bar.update()
         finished = t + 1 == config.steps
         save = config.checkpoint_every > 0 and (t + 1) % config.checkpoint_every == 0
-        if len(losses) == _METRICS_EVERY or finished or save or stop.is_set():
-            record = {"step": t + 1, "loss": _finite_mean(job, losses, t + 1), "lr": moment.lr}
-            record["share_2to4"] = _share_2to4(rule, states)
+        # Processes stop together, so they ask each other only when they talk anyway.
+        stopping = stop.is_set() and world == 1
+        if len(losses) == _METRICS_EVERY or finished or save or stopping:
+            stopping = _any(stop.is_set(), device)
+            record = {"step": t + 1, "loss": _finite_mean(job, losses, t + 1), "lr": lr}
+            record["share_2to4"] = _share_2to4(run.rule, run.states)
+            record["share_flipped"] = run.share_flipped()
             record["tokens_per_second"] = round(
-                (t + 1 - done) * batch.numel() / (time.perf_counter() - began), 1
+                (t + 1 - done) * batch.numel() * world / (time.perf_counter() - began), 1
             )
+            record["memory_gb"] = memory_gb(device)
             losses.clear()
             job.history.append(record)
             if job.metrics is not None:
                 with open(job.metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
+            if job.track is not None:
+                job.track(record)
             bar.set_postfix(loss=f"{record['loss']:.3f}", at_2to4=f"{record['share_2to4']:.1%}")
-        if not finished and (save or stop.is_set()) and job.checkpoints is not None:
-            job.checkpoints.save(t + 1, _flatten(states))
-        if stop.is_set() and not finished:
+        if not finished and (save or stopping) and job.checkpoints is not None:
+            job.checkpoints.save(t + 1, _flatten(run.states), rows)
+        if stopping and not finished:
             bar.close()
             if job.checkpoints is None:
                 raise Interrupted(
@@ -202,28 +323,47 @@ def _loop(job: Job, rule: Rule, states: dict[str, State], done: int, stop: threa
     bar.close()
 
 
+def _any(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if distributed.world_size() == 1:
+        return flag
+    return bool(distributed.sum_over_processes(torch.tensor(int(flag), device=device)).item())
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    """Bool of any shape to uint8 [ceil(numel/8)], so that masks of two moments can be kept."""
+    flat = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
+    powers = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (flat * powers).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_bits(packed: Tensor) -> Tensor:
+    """The bits of uint8 [P] as uint8 [P, 8]."""
+    return packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+
+
 def _schedule(t: int, steps: int) -> float:
     """Linear warm-up to 1, then linear decay towards 0, for t from 0 to steps - 1."""
     return min((t + 1) / max(_WARMUP * steps, 1), (steps - t) / max((1 - _WARMUP) * steps, 1))
 
 
-def _grad_scale(layers: tuple[Target, ...], max_norm: float | None, device: torch.device) -> Tensor:
+@torch.no_grad()
+def _grad_scale(layers: tuple[Target, ...], max_norm: float) -> Tensor:
     """The factor that clips the global gradient norm, computed on the device."""
-    if max_norm is None:
-        return torch.ones((), device=device)
     norms = [g.float().norm() for g in (t.grad() for t in layers) if g is not None]
     total = torch.stack(norms).norm()
+    if distributed.world_size() > 1:
+        total = distributed.sum_over_processes(total.square()).sqrt()
     return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
 
 def _share_2to4(rule: Rule, states: dict[str, State]) -> float:
     """The share of groups with at most two non-zeros in the variable being regularised."""
-    good = total = 0
-    for state in states.values():
-        groups = rule.variable(state).reshape(-1, 4)
-        good += int((groups != 0).sum(-1).le(2).sum())
-        total += groups.shape[0]
-    return good / total
+    groups = [rule.variable(state).reshape(-1, 4) for state in states.values()]
+    good = torch.stack([(g != 0).sum(-1, dtype=torch.uint8).le(2).sum() for g in groups]).sum()
+    total = torch.tensor(sum(g.shape[0] for g in groups), device=good.device)
+    good, total = distributed.sum_over_processes(torch.stack((good, total))).tolist()
+    return float(good / total)
 
 
 def _finite_mean(job: Job, losses: list[Tensor], last: int) -> float:
@@ -232,7 +372,9 @@ def _finite_mean(job: Job, losses: list[Tensor], last: int) -> float:
     Raises:
         ProxsparseError: one of them is not finite; names the step and the last good checkpoint.
     """
-    values = torch.stack(losses).tolist()
+    values = (
+        distributed.sum_over_processes(torch.stack(losses)) / distributed.world_size()
+    ).tolist()
     for i, value in enumerate(values):
         if not math.isfinite(value):
             step = last - len(values) + 1 + i
@@ -267,15 +409,12 @@ def _flatten(states: dict[str, State]) -> dict[str, Tensor]:
     return {f"{name}/{key}": x for name, state in states.items() for key, x in state.items()}
 
 
-def _restore(job: Job, states: dict[str, State]) -> int:
+def _restore(job: Job, states: dict[str, State], rows: dict[str, int]) -> int:
     """Copy the latest checkpoint into `states`; returns the steps it had done."""
-    found = job.checkpoints.latest() if job.resume and job.checkpoints else None
-    if found is None:
+    if not job.resume or job.checkpoints is None:
         return 0
-    done, tensors = found
-    for name, x in _flatten(states).items():
-        x.copy_(tensors[name])
-    if job.metrics is not None and job.metrics.exists():
+    done = job.checkpoints.restore_(_flatten(states), rows)
+    if done and job.metrics is not None and job.metrics.exists():
         records = [json.loads(line) for line in job.metrics.read_text("utf-8").splitlines()]
         job.history.extend(record for record in records if record["step"] <= done)
         lines = "".join(json.dumps(record) + "\n" for record in job.history)

@@ -41,8 +41,35 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def build_model(model: str | os.PathLike[str], device: torch.device) -> Any:
+    """A causal LM of this shape with random weights, made on `device`; meta costs no memory.
+
+    Args:
+        model: a local directory, a config.json or a name on the Hugging Face Hub.
+        device: where to make it.
+
+    Raises:
+        ProxsparseError: no such configuration, or not one of a causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = _check_name(model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with device:
+            build: Any = AutoModelForCausalLM.from_config
+            built = build(config, dtype=config.dtype)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ProxsparseError(
+            f"{name} cannot be loaded as a causal language model: {_first_lines(error)}"
+        ) from error
+    return built.eval()
+
+
 def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedModel:
     """Load a causal LM (safetensors only, its own dtype) and its tokenizer.
+
+    Weights go from the file to the device one by one; there is never a second copy.
 
     Args:
         model: a local directory or a name on the Hugging Face Hub.
@@ -54,11 +81,16 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    name = _resolve_name(model)
+    name = _check_name(model)
     try:
         config = AutoConfig.from_pretrained(name)
         result: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
+            name,
+            config=config,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            device_map={"": device},
         )
         loaded, info = result
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -73,7 +105,21 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
             "the checkpoint is incomplete, or of another architecture"
         )
     revision = getattr(loaded.config, "_commit_hash", None)
-    return LoadedModel(loaded.to(device), tokenizer, name, revision)
+    return LoadedModel(loaded, tokenizer, name, revision)
+
+
+def _check_name(model: str | os.PathLike[str]) -> str:
+    """The name to hand to transformers, once it is not a local path that leads nowhere."""
+    name = os.fspath(model)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    name = str(Path(name).expanduser()) if looks_local else name
+    path = Path(name)
+    if looks_local and not (path.suffix == ".json" or (path / "config.json").is_file()):
+        what = "has no config.json" if Path(name).is_dir() else "is not a directory"
+        raise ProxsparseError(
+            f"{name} {what}: give the directory of a Hugging Face model, or its name on the Hub"
+        )
+    return name
 
 
 def load_skeleton(model: str | os.PathLike[str]) -> Any:
@@ -87,7 +133,7 @@ def load_skeleton(model: str | os.PathLike[str]) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    name = _resolve_name(model)
+    name = _check_name(model)
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
@@ -98,23 +144,6 @@ def load_skeleton(model: str | os.PathLike[str]) -> Any:
         raise ProxsparseError(
             f"{name} is not a causal language model: {_first_lines(error)}"
         ) from error
-
-
-def _resolve_name(model: str | os.PathLike[str]) -> str:
-    """The model's directory or Hub name as transformers takes it.
-
-    Raises:
-        ProxsparseError: it looks like a directory, but holds no model.
-    """
-    name = os.fspath(model)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    name = str(Path(name).expanduser()) if looks_local else name
-    if looks_local and not (Path(name) / "config.json").is_file():
-        what = "has no config.json" if Path(name).is_dir() else "is not a directory"
-        raise ProxsparseError(
-            f"{name} {what}: give the directory of a Hugging Face model, or its name on the Hub"
-        )
-    return name
 
 
 def check_finite(targets: Targets) -> None:

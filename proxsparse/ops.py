@@ -39,6 +39,7 @@ OPS = (
     "unpack_2to4",
     "prox_adamw_",
     "gate_update_",
+    "gate_project_",
     "sparse_linear",
     "sparse_linear_decode",
     "compress_2to4",
@@ -48,7 +49,8 @@ _FAST = {
     "cuda": ("cuda", "triton"),
 }  # device type -> its fast backends, best first
 MAX_DECODE_TOKENS = 64
-_FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)
+_EIGHT_BIT = {"triton": (torch.uint8,)}  # backend -> further dtypes of its first operand
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 
@@ -107,7 +109,7 @@ def _choose(op: str, first: Tensor) -> Callable[..., Any]:
             break
         if backend not in here:
             found: Callable[..., Any] | str = f"its tensors are on {first.device.type}"
-        elif first.dtype not in (*_FAST_DTYPES, torch.bool):
+        elif first.dtype not in (*_FAST_DTYPES, *_EIGHT_BIT.get(backend, ())):
             found = f"its dtype is {first.dtype}"
         else:
             found = implementation(op, backend)
@@ -149,7 +151,9 @@ for _schema in (
     f"prox_adamw_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, {_STEP}, Tensor? w0, "
     f"float lam2, float reg_eps, {_ADAM}, float weight_decay) -> ()",
     f"gate_update_(Tensor(a!) s, Tensor grad, Tensor w0, Tensor(b!) m, Tensor(c!) v, "
-    f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard) -> ()",
+    f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard, Tensor(e!)? scales, "
+    f"int seed) -> ()",
+    "gate_project_(Tensor s, Tensor w0, Tensor act_norm, Tensor(a!) out) -> ()",
     "sparse_linear(Tensor x, Tensor values, Tensor codes, Tensor? bias, Tensor? compressed, "
     "Tensor? dense) -> Tensor",
     "sparse_linear_decode(Tensor x, Tensor values, Tensor codes, Tensor? bias) -> Tensor",
@@ -182,6 +186,7 @@ _register(
 )
 _register("prox_adamw_", lambda *_: None)
 _register("gate_update_", lambda *_: None)
+_register("gate_project_", lambda *_: None)
 for _name in ("sparse_linear", "sparse_linear_decode"):
     _register(_name, lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]))
 _register(  # only the library knows the size
@@ -221,13 +226,13 @@ torch.library.register_autograd(
 _op = torch.ops.proxsparse
 
 
-def _check_groups(name: str, x: Tensor) -> None:
+def _check_groups(name: str, x: Tensor, more: tuple[torch.dtype, ...] = ()) -> None:
     if x.dim() == 0 or x.shape[-1] % 4:
         raise ProxsparseError(
             f"{name} has shape {list(x.shape)}: the last dimension must be a multiple of 4, "
             "because a group is four neighbours along it"
         )
-    if not x.is_floating_point():
+    if not x.is_floating_point() and x.dtype not in more:
         raise ProxsparseError(f"{name} has dtype {x.dtype}: a floating dtype is needed")
 
 
@@ -245,6 +250,28 @@ def _check_in_place(**tensors: Tensor) -> None:
             raise ProxsparseError(
                 f"{name} is updated in place and must be contiguous; its strides are {x.stride()}"
             )
+
+
+def _check_norm(act_norm: Tensor, s: Tensor) -> None:
+    if list(act_norm.shape) != [*s.shape[:-2], s.shape[-1]] or s.dim() < 2:
+        raise ProxsparseError(
+            f"act_norm is {list(act_norm.shape)}; gates {list(s.shape)} need one norm per input "
+            f"feature, {[*s.shape[:-2], s.shape[-1]]}"
+        )
+
+
+def _check_8_bit(s: Tensor, m: Tensor, v: Tensor, scales: Tensor) -> None:
+    found, needed = (s.dtype, m.dtype, v.dtype), (torch.uint8, torch.int8, torch.uint8)
+    if found != needed:
+        raise ProxsparseError(f"with scales s, m, v must be of {needed}, not {found}")
+    blocks = -(-s.shape[-2] * s.shape[-1] // reference.QUANTUM_BLOCK)
+    expected = [*s.shape[:-2], blocks, 2]
+    if list(scales.shape) != expected or scales.dtype != torch.float32:
+        raise ProxsparseError(
+            f"scales are {list(scales.shape)} of {scales.dtype}; 8-bit states {list(s.shape)} need "
+            f"{expected} of torch.float32"
+        )
+    _check_in_place(scales=scales)
 
 
 def _scalar(name: str, x: float | Tensor, minimum: float = 0.0) -> Tensor:
@@ -381,17 +408,17 @@ def gate_update_(
     eps: float = 1e-8,
     out: Tensor | None = None,
     hard: bool = False,
+    scales: Tensor | None = None,
+    seed: int = 0,
 ) -> None:
     """Adam and the proximal step on gates, in place; see `reference.gate_update_`."""
-    _check_groups("s", s)
+    _check_groups("s", s, (torch.uint8,) if scales is not None else ())
     for name, x in (("grad", grad), ("w0", w0), ("m", m), ("v", v)):
         _check_like(name, x, "s", s)
-    if list(act_norm.shape) != [*s.shape[:-2], s.shape[-1]] or s.dim() < 2:
-        raise ProxsparseError(
-            f"act_norm is {list(act_norm.shape)}; gates {list(s.shape)} need one norm per input "
-            f"feature, {[*s.shape[:-2], s.shape[-1]]}"
-        )
+    _check_norm(act_norm, s)
     _check_in_place(s=s, m=m, v=v)
+    if scales is not None:
+        _check_8_bit(s, m, v, scales)
     if out is not None:
         _check_like("out", out, "s", s)
         _check_in_place(out=out)
@@ -410,7 +437,19 @@ def gate_update_(
         eps,
         out,
         hard,
+        scales,
+        seed,
     )
+
+
+def gate_project_(s: Tensor, w0: Tensor, act_norm: Tensor, out: Tensor) -> None:
+    """Write w0 under the mask of the gates into out; see `reference.gate_project_`."""
+    _check_groups("s", s, (torch.uint8,))
+    _check_like("w0", w0, "s", s)
+    _check_like("out", out, "s", s)
+    _check_norm(act_norm, s)
+    _check_in_place(out=out)
+    _op.gate_project_(s.contiguous(), w0.contiguous(), act_norm.contiguous(), out)
 
 
 def sparse_linear(

@@ -18,17 +18,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _AUTO_WIDEN_BELOW = 2_000_000_000  # parameters: above, float32 copies would dominate a GPU's memory
 
 
-def resolve_dtype(name: str, model: nn.Module) -> torch.dtype | None:
+def resolve_dtype(name: str, model: nn.Module, memory: str = "") -> torch.dtype | None:
     """The dtype to compute in; None keeps the parameters as they are.
 
     Args:
         name: "auto" or a key of `DTYPES`. Auto is float32 on CPU and for models of fewer than 2e9
             parameters (autocast to bfloat16 on a GPU), otherwise the model's own dtype.
         model: the model.
+        memory: of a learned method, its mode: fast makes auto float32, balanced and low the model's
+            own dtype.
 
     Raises:
         ProxsparseError: unknown name.
     """
+    if name == "auto" and memory:
+        return torch.float32 if memory == "fast" else None
     if name == "auto":
         parameters = list(model.parameters())
         small = sum(p.numel() for p in parameters) < _AUTO_WIDEN_BELOW

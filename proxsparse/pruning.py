@@ -14,19 +14,29 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from proxsparse import distributed
 from proxsparse.calibration import Calibration, load_calibration
-from proxsparse.checkpoint import Checkpoints
+from proxsparse.checkpoint import Checkpoints, checkpoints_in
+from proxsparse.config import replace
 from proxsparse.errors import ProxsparseError
 from proxsparse.learn import Job
-from proxsparse.loading import LoadedModel, check_finite, load_model, resolve_device, save_model
+from proxsparse.loading import (
+    LoadedModel,
+    build_model,
+    check_finite,
+    load_model,
+    resolve_device,
+    save_model,
+)
 from proxsparse.masks import Masks, apply_masks_, layer_report, model_fingerprint, targets_of
+from proxsparse.memory import choose_memory
 from proxsparse.precision import computing_in, resolve_dtype
 from proxsparse.recipe import Recipe, make_recipe
 from proxsparse.targets import Targets, find_targets
@@ -82,6 +92,7 @@ def learn_masks(
             "mask_only=True, or use prune()"
         )
     targets = find_targets(model, recipe.targets)
+    recipe = settle_memory(recipe, model, targets, next(model.parameters()).device)
     check_finite(targets)
     source = recipe.calibration.calibration if calibration is None else calibration
     data = load_data(source, tokenizer, recipe, model)
@@ -123,9 +134,20 @@ def prune(
         settings["calibration"] = os.fspath(calibration)
         calibration = None
     recipe = make_recipe(method, preset, **settings)
-    with output_directory(output, resume=resume) as partial:
+    device = distributed.own_device(resolve_device(recipe.run.device))
+    several = distributed.world_size() > 1
+    if several and not recipe.method.learned:
+        raise ProxsparseError(
+            f"method {recipe.method.name} runs in one process: start it without torchrun"
+        )
+    with distributed.joined(device), output_directory(output, resume=resume) as partial:
         began = time.perf_counter()
-        base = load_model(model, resolve_device(recipe.run.device))
+        skeleton = build_model(model, torch.device("meta"))
+        skeleton_targets = find_targets(skeleton, recipe.targets)
+        recipe = settle_memory(recipe, skeleton, skeleton_targets, device)
+        # Of several processes each reads the whole model and keeps its rows of it on the device.
+        home = torch.device("cpu") if several else device
+        base = _load_base(model, recipe, home)
         targets = find_targets(base.model, recipe.targets)
         check_finite(targets)
         source = recipe.calibration.calibration if calibration is None else calibration
@@ -134,9 +156,15 @@ def prune(
         checkpoints = Checkpoints(
             partial / "checkpoints", recipe.key(fingerprint, data.fingerprint if data else "")
         )
-        masks, history = run_method(
-            base.model, targets, data, recipe, checkpoints, partial / "metrics.jsonl", resume
-        )
+        metrics = partial / "metrics.jsonl" if distributed.is_main() else None
+        if several:
+            shard(base.model, targets, recipe, device)
+        masks, history = run_method(base.model, targets, data, recipe, checkpoints, metrics, resume)
+        if not distributed.is_main():
+            return PruneResult(masks, {}, history)
+        if several:
+            base = _load_base(model, recipe, home)
+            targets = find_targets(base.model, recipe.targets)
         masks.metadata.update(mask_metadata(recipe, fingerprint, base.id, base.revision))
         layers = layer_report(targets, masks)
         apply_masks_(base.model, masks)
@@ -215,11 +243,15 @@ def output_directory(output: str | os.PathLike[str], *, resume: bool = False) ->
     """
     final = Path(output).expanduser().absolute()
     partial = final.with_name(final.name + ".partial")
+    if not distributed.is_main():
+        distributed.barrier()
+        yield partial
+        return
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise ProxsparseError(
             f"{output} exists and is not empty: choose another --output or remove it first"
         )
-    if not resume and any((partial / "checkpoints").glob("*.safetensors")):
+    if not resume and checkpoints_in(partial / "checkpoints"):
         raise ProxsparseError(
             f"an unfinished run lies in {partial}: continue it with --resume, or remove it"
         )
@@ -229,16 +261,63 @@ def output_directory(output: str | os.PathLike[str], *, resume: bool = False) ->
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProxsparseError(f"the output directory {output} cannot be made: {error}") from error
+    distributed.barrier()
     try:
         yield partial
     except BaseException:
-        if not any((partial / "checkpoints").glob("*.safetensors")):
+        if not checkpoints_in(partial / "checkpoints"):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(partial / "checkpoints", ignore_errors=True)
     if final.is_dir():
         final.rmdir()
     os.replace(partial, final)
+
+
+def shard(model: nn.Module, targets: Targets, recipe: Recipe, device: torch.device) -> None:
+    """Split a model over the processes of the job, in the dtype to learn in.
+
+    The model then serves for learning only: its weights do not get their own dtype back.
+    """
+    dtype = resolve_dtype(recipe.run.dtype, model, recipe.learn.memory)
+    if dtype is not None:
+        model.to(dtype)
+    distributed.shard_(model, targets, device)
+
+
+def _load_base(model: str | os.PathLike[str], recipe: Recipe, device: torch.device) -> LoadedModel:
+    if not recipe.run.random_init:
+        return load_model(model, device)
+    torch.manual_seed(recipe.calibration.seed)
+    return LoadedModel(build_model(model, device), None, os.fspath(model), None)
+
+
+def settle_memory(
+    recipe: Recipe, model: nn.Module, targets: Targets, device: torch.device
+) -> Recipe:
+    """The recipe with a mode of memory that fits in place of auto; says what it will take.
+
+    Args:
+        recipe: the settings; those of a method that does not learn come back as they are.
+        model: the model, here or on the meta device.
+        targets: what is pruned.
+        device: where it will run.
+
+    Raises:
+        ProxsparseError: nothing fits, or not what was asked for.
+    """
+    if not recipe.method.learned:
+        return recipe
+    world = distributed.world_size()
+    num_tokens = -(-recipe.learn.batch_size // world) * recipe.calibration.max_seq_length
+    modes = dict(recipe.method.memory)
+    if world > 1:
+        # The scales of 8-bit states span rows. What is gathered cannot be made on demand: each
+        # process keeps its rows of the original weights as well.
+        modes.pop("low", None)
+        modes["balanced"] += targets.layers[0].parameter.element_size()
+    mode = choose_memory(model, targets, recipe.learn.memory, modes, num_tokens, device, world)
+    return dataclasses.replace(recipe, learn=replace(recipe.learn, {"memory": mode}))
 
 
 def versions() -> dict[str, str]:
@@ -259,6 +338,12 @@ def load_data(source: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> 
     """The calibration blocks that `recipe` asks for; None for a method that needs no data."""
     if not recipe.method.needs_data:
         return None
+    if recipe.run.random_init:
+        shape = (recipe.num_samples, recipe.calibration.max_seq_length)
+        random = torch.Generator().manual_seed(recipe.calibration.seed)
+        vocab_size = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+        tokens = torch.randint(vocab_size, shape, generator=random)
+        return Calibration(tokens, "random tokens", tokens.numel(), tokens.numel(), "random")
     return load_calibration(source, tokenizer, recipe.calibration, recipe.num_samples, model)
 
 
@@ -290,6 +375,11 @@ def run_method(
         the original ones, unless the method updates the weights it keeps.
     """
     torch.manual_seed(recipe.calibration.seed)
+    device = next(model.parameters()).device
+    if recipe.learn.memory == "auto":
+        recipe = settle_memory(recipe, model, targets, device)
+    memory = recipe.learn.memory if recipe.method.learned else ""
+    dtype = resolve_dtype(recipe.run.dtype, model, memory)
     job = Job(
         model=model,
         targets=targets,
@@ -300,9 +390,56 @@ def run_method(
         metrics=metrics,
         resume=resume,
     )
-    with computing_in(model, resolve_dtype(recipe.run.dtype, model)):
-        masks = recipe.method.run(job)
+    try:
+        with (
+            computing_in(model, None if distributed.world_size() > 1 else dtype),
+            tracking(recipe, metrics) as job.track,
+        ):
+            masks = recipe.method.run(job)
+    except torch.OutOfMemoryError as error:
+        modes = list(recipe.method.memory)
+        less = modes[modes.index(memory) + 1 :] if memory else []
+        way_out = f"--memory {less[0]}, " if less else ""
+        raise ProxsparseError(
+            f"{device} ran out of memory ({str(error).splitlines()[0]}): try {way_out}a smaller "
+            "--batch-size or a smaller --max-seq-length"
+        ) from error
     return masks, job.history
+
+
+@contextlib.contextmanager
+def tracking(
+    recipe: Recipe, metrics: Path | None
+) -> Iterator[Callable[[dict[str, float]], None] | None]:
+    """A function that hands a record of metrics to the tracker of the recipe, if it names one.
+
+    Raises:
+        ProxsparseError: accelerate does not know the tracker, or it is not installed.
+    """
+    if recipe.run.tracker is None:
+        yield None
+        return
+    from accelerate import Accelerator
+
+    directory = str(metrics.parent) if metrics else "."
+    try:
+        accelerator = Accelerator(cpu=True, log_with=recipe.run.tracker, project_dir=directory)
+        accelerator.init_trackers("proxsparse", config=_flat(recipe.as_dict()))
+        if not accelerator.trackers:
+            raise ImportError("it is not installed")
+    except (ValueError, ImportError) as error:
+        raise ProxsparseError(
+            f"--tracker {recipe.run.tracker} cannot be used ({error}): install it, or leave "
+            "--tracker out; metrics.jsonl is written anyway"
+        ) from error
+    try:
+        yield lambda record: accelerator.log(record, step=int(record["step"]))
+    finally:
+        accelerator.end_training()
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
 
 
 def mask_metadata(

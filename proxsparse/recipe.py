@@ -72,7 +72,7 @@ class Recipe:
     def key(self, *inputs: str) -> str:
         """A hash of what decides the result: settings, and fingerprints of model and data."""
         settings = self.as_dict()
-        for harmless in ("checkpoint_every", "calibration", "split", "text_column"):
+        for harmless in ("checkpoint_every", "calibration", "split", "text_column", "tracker"):
             settings.pop(harmless, None)
         text = json.dumps([settings, inputs], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

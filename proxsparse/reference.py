@@ -20,6 +20,7 @@ from torch import Tensor
 # tests/test_prox_2to4.py. Near-equal entries close to the transition are the slowest.
 _NEWTON_STEPS = {torch.float64: 20, torch.float32: 9}
 PRIOR_FLOOR = 1e-3
+QUANTUM_BLOCK = 256  # elements of a matrix that share the scales of 8-bit moments
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -395,9 +396,27 @@ def gate_prior(w0: Tensor, act_norm: Tensor) -> Tensor:
 
 
 def gate_score(w0: Tensor, s: Tensor, act_norm: Tensor) -> Tensor:
-    """A*s, the score whose top two of each group are kept; [..., N, K]."""
+    """A*s, the score whose top two of each group are kept; [..., N, K]. s may be of 8 bits."""
     prior = gate_prior(w0, act_norm)
-    return prior * s.to(prior.dtype)
+    gate = s.to(prior.dtype)
+    return prior * (gate / 255 if s.dtype == torch.uint8 else gate)
+
+
+def gate_project_(s: Tensor, w0: Tensor, act_norm: Tensor, out: Tensor) -> None:
+    """Write the weight under the mask that the gates stand for.
+
+        out <- w0 where A*s is among the two largest of its group, else +0.0
+
+    Args:
+        s: [..., N, K] gates in [0, 1]; floating, or uint8: multiples of 1/255.
+        w0: [..., N, K] frozen weight.
+        act_norm: [..., K] norms behind the prior A, see `gate_prior`.
+        out: like w0, written: what the next forward pass computes with. The same as the hard `out`
+            of `gate_update_`, so that a weight need not be kept between steps.
+
+    Cost: memory-bound when fused; reads s and w0, writes out.
+    """
+    out.copy_(project_2to4(w0, gate_score(w0, s, act_norm)))
 
 
 def gate_update_(
@@ -416,6 +435,8 @@ def gate_update_(
     eps: float = 1e-8,
     out: Tensor | None = None,
     hard: bool = False,
+    scales: Tensor | None = None,
+    seed: int = 0,
 ) -> None:
     """One Adam step on the gates, then their proximal step in the metric of the prior, in place.
 
@@ -424,12 +445,19 @@ def gate_update_(
         s <- clip( prox_{lam R}(A * clip(s, 0, 1)) / A, 0, 1 )
         out <- w0 * s, or if hard w0 where A*s is among the two largest of its group, else +0.0
 
+    States of 8 bits are read as floats, take the same step, and are rounded stochastically: up or
+    down with the probabilities that make the result the expected value. Exact and the same on every
+    backend are the step, the scales, and that a code is one of the two around its value; the random
+    numbers are each backend's own, so codes agree in distribution only. One exception: a code of v
+    is at least 1 where v is not 0, because the next step divides by its root.
+
     Args:
-        s: [..., N, K] gates in [0, 1], updated; float64, float32 or bfloat16.
+        s: [..., N, K] gates in [0, 1], updated; float64, float32 or bfloat16. Or, with scales,
+            uint8: multiples of 1/255.
         grad: [..., N, K] gradient of the loss with respect to the gated weight w0*s.
         w0: [..., N, K] frozen weight.
-        m: like s, first moment, updated.
-        v: like s, second moment, updated.
+        m: like s, first moment, updated. With scales int8.
+        v: like s, second moment, updated. With scales uint8: codes of its square root.
         act_norm: [..., K] norms behind the prior, see `gate_prior`.
         step: number of this step, from 1; float or 0-d tensor, as lr, lam and grad_scale.
         lr: learning rate of the gates.
@@ -442,9 +470,27 @@ def gate_update_(
         hard: what out receives: False the gated weight, True the weight under the mask that the
             gates stand for now, so that the forward pass sees what will be kept and the gradient,
             taken as if it were w0*s, decides what should be (straight-through).
+        scales: float32 [..., ceil(N*K/256), 2], zeros at first, updated: what a unit of m's and of
+            v's codes stands for in each 256 consecutive elements of a matrix. None: float states.
+        seed: with the step, decides the rounding of 8-bit states.
 
     Cost: memory-bound when fused; reads grad, w0, s, m, v, writes s, m, v (and out).
     """
+    if scales is not None:
+        floats = s.float() / 255, _dequantize(m, scales[..., 0]), _dequantize(v, scales[..., 1])
+        gate, first, second = floats[0], floats[1], floats[2].square()
+        adam = (beta1, beta2, eps)
+        gate_update_(gate, grad, w0, first, second, act_norm, step, lr, lam, grad_scale, *adam)
+        random = torch.Generator(s.device).manual_seed(seed * 1_000_003 + int(step))
+        _quantize_(m, first, scales[..., 0], 127, random)
+        _quantize_(v, second.sqrt(), scales[..., 1], 255, random)
+        v.clamp_(min=(second > 0).to(v.dtype))
+        s.copy_((gate * 255 + _uniform_like(gate, random)).floor())
+        if out is not None and hard:
+            gate_project_(s, w0, act_norm, out)
+        elif out is not None:
+            out.copy_(w0.float() * (s.float() / 255))
+        return
     dtype = compute_dtype(s.dtype)
     step, lr = (torch.as_tensor(x, dtype=dtype, device=s.device) for x in (step, lr))
     frozen = w0.to(dtype)
@@ -459,6 +505,28 @@ def gate_update_(
     if out is not None:
         s = s.to(dtype)
         out.copy_(project_2to4(frozen, prior * s) if hard else frozen * s)
+
+
+def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes [..., N, K] times the scale [..., ceil(N*K/256)] of their block; float32."""
+    size = codes.shape[-2] * codes.shape[-1]
+    each = scale.repeat_interleave(QUANTUM_BLOCK, -1)[..., :size]
+    return codes.float() * each.reshape(codes.shape)
+
+
+def _quantize_(codes: Tensor, x: Tensor, scale: Tensor, top: int, random: torch.Generator) -> None:
+    """The inverse of `_dequantize`, in place, with the largest magnitude of a block at `top`."""
+    blocks = x.flatten(-2)
+    blocks = torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % QUANTUM_BLOCK))
+    scale.copy_(blocks.reshape(*scale.shape, QUANTUM_BLOCK).abs().amax(-1) / top)
+    unit = _dequantize(torch.ones_like(codes), scale)
+    whole = (torch.where(unit > 0, x / unit, 0.0) + _uniform_like(x, random)).floor()
+    codes.copy_(whole.clamp(-top, top))
+
+
+def _uniform_like(x: Tensor, random: torch.Generator) -> Tensor:
+    """Numbers in [0, 1)."""
+    return torch.rand(x.shape, generator=random, dtype=x.dtype, device=x.device)
 
 
 def _groups(x: Tensor) -> Tensor:

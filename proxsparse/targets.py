@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
@@ -60,16 +61,17 @@ class Target:
     @property
     def shape(self) -> tuple[int, ...]:
         """(N, K) or (E, N, K), however it is stored."""
-        return tuple(self._canonical(self.parameter).shape)
+        *experts, a, b = self.parameter.shape
+        return (*experts, b, a) if self.transposed else (*experts, a, b)
 
     def weight(self) -> Tensor:
         """The weight as a detached view [N, K] or [E, N, K]; writing to it changes the model."""
-        return self._canonical(self.parameter.detach())
+        return self.canonical(self.parameter.detach())
 
     def grad(self) -> Tensor | None:
         """The parameter's gradient as a view [N, K] or [E, N, K], if there is one."""
         grad = self.parameter.grad
-        return None if grad is None else self._canonical(grad)
+        return None if grad is None else self.canonical(grad)
 
     def set_weight_(self, w: Tensor) -> None:
         """Copies w, [N, K] or [E, N, K] of the parameter's dtype, into the stored parameter.
@@ -84,7 +86,13 @@ class Target:
             )
         self.weight().copy_(w)
 
-    def _canonical(self, stored: Tensor) -> Tensor:
+    def canonical(self, stored: Tensor) -> Tensor:
+        """A tensor of the parameter's layout as a view [N, K] or [E, N, K].
+
+        Of one that is split over processes, the rows of this one.
+        """
+        if isinstance(stored, DTensor):
+            stored = stored.to_local()
         return stored.mT if self.transposed else stored
 
 

@@ -238,6 +238,72 @@ def test_empty(place: dict[str, Any], shape: tuple[int, ...]) -> None:
     gate_update_(s, s.clone(), s.clone(), *states(s), act_norm, step=1, lr=0.1, lam=0.1)
 
 
+def test_8_bit_states_take_the_step_of_floats_and_round_without_bias() -> None:
+    """Each code is one of the two around its value; the mean over draws is the value."""
+    w0, act_norm = torch.randn(3, 172), 0.1 + torch.rand(172)
+    grad = torch.randn_like(w0)
+    s = torch.randint(0, 256, w0.shape, dtype=torch.uint8)
+    m = torch.randint(-127, 128, w0.shape, dtype=torch.int8)
+    v = torch.randint(1, 256, w0.shape, dtype=torch.uint8)
+    scales = 1e-3 + 0.01 * torch.rand(3, 2)  # 516 elements: two blocks and a part
+    block = (torch.arange(w0.numel()) // 256).view_as(w0)
+
+    def values(s: Tensor, m: Tensor, v: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        return s.double() / 255, m * scales[block, 0].double(), v * scales[block, 1].double()
+
+    exact = [x.clone() for x in values(s, m, v, scales)]
+    exact[2].square_()
+    settings: dict[str, Any] = {"step": 3, "lr": 0.1, "lam": 0.1}
+    gate_update_(exact[0], grad.double(), w0.double(), *exact[1:], act_norm.double(), **settings)
+    exact[2].sqrt_()
+    draws = 64
+    sums = [torch.zeros_like(x) for x in exact]
+    for seed in range(draws):
+        states, new = [x.clone() for x in (s, m, v)], scales.clone()
+        gate_update_(
+            *(states[0], grad, w0, *states[1:], act_norm), **settings, scales=new, seed=seed
+        )
+        steps = (1 / 255, new[block, 0].double(), new[block, 1].double())
+        for total, value, target, step in zip(
+            sums, values(*states, new), exact, steps, strict=True
+        ):
+            assert ((value - target).abs() <= 1.001 * step + 1e-5).all()
+            total += (value - target) / step
+    for total in sums:  # a draw deviates by at most half a step (v, kept off 0, a little more)
+        assert abs(total.mean() / draws) <= 6 * 0.5 / math.sqrt(draws * total.numel()) + 2e-3
+
+
+def test_8_bit_rounding_is_reproducible_for_a_seed_and_a_step() -> None:
+    def run(step: int, seed: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        w0, grad = torch.randn(2, 5, 104), torch.randn(2, 5, 104)
+        s = torch.full(w0.shape, 200, dtype=torch.uint8)
+        m, v = torch.zeros_like(s, dtype=torch.int8), torch.zeros_like(s)
+        scales, out = torch.zeros(2, 3, 2), torch.full_like(w0, math.nan)
+        gate_update_(
+            *(s, grad, w0, m, v, torch.ones(2, 104)), step=step, lr=0.1, lam=0.1,
+            out=out, hard=True, scales=scales, seed=seed,
+        )  # fmt: skip
+        assert torch.equal(out.ne(0).reshape(-1, 4).sum(-1), torch.full((260,), 2))
+        return [s, m, v, scales, out]
+
+    first = run(1, 7)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(1, 7), strict=True))
+    assert not torch.equal(first[0], run(2, 7)[0]) and not torch.equal(first[0], run(1, 8)[0])
+
+
+def test_8_bit_operands_are_checked() -> None:
+    s, x = torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 8)
+    m, norm = torch.zeros_like(s, dtype=torch.int8), torch.ones(8)
+    settings: dict[str, Any] = {"step": 1, "lr": 0.1, "lam": 0.1}
+    with pytest.raises(ProxsparseError, match=r"scales are \[2\] .* need \[1, 2\]"):
+        gate_update_(s, x, x, m, s, norm, **settings, scales=torch.zeros(2))
+    with pytest.raises(ProxsparseError, match=r"s, m, v must be of"):
+        gate_update_(s, x, x, s, s, norm, **settings, scales=torch.zeros(1, 2))
+    with pytest.raises(ProxsparseError, match=r"s has dtype torch.uint8: a floating dtype"):
+        gate_update_(s, x, x, m, s, norm, **settings)
+
+
 S = torch.ones(4, 8)
 
 

@@ -66,8 +66,9 @@ def schema_args(op: str, device: str = "cpu", shape: tuple[int, ...] = (6, 20)) 
         "prox_adamw_": (w, grad, m, v, *scalars, w0, 0.1, 0.1, 0.9, 0.99, 1e-8, 0.1),
         "gate_update_": (
             *(w.abs().clamp_max(1), grad, w0, m, v, w0[0].abs(), *scalars, 0.9, 0.99, 1e-8),
-            *(torch.zeros_like(w), False),
+            *(torch.zeros_like(w), False, None, 0),
         ),
+        "gate_project_": (w.abs().clamp_max(1), w0, w0[0].abs(), torch.zeros_like(w)),
         "sparse_linear": (grad, *reference.pack_2to4(sparse), w[:, 0].clone(), None, None),
         "sparse_linear_decode": (
             *(grad[:, :16], *reference.pack_2to4(sparse[:, :16]), w[:, 0].clone()),
@@ -152,6 +153,12 @@ def _gate_update(w: Tensor) -> Tensor:
     return s + m + v + out
 
 
+def _gate_project(w: Tensor) -> Tensor:
+    out = torch.empty_like(w)
+    ops.gate_project_(w.abs().clamp_max(1), w, w[0].abs(), out)
+    return 2 * out
+
+
 COMPILED: dict[str, Callable[[Tensor], Any]] = {
     "prox_2to4": lambda w: 2 * ops.prox_2to4(2 * w, 0.3),
     "project_2to4": lambda w: 2 * ops.project_2to4(2 * w),
@@ -161,6 +168,7 @@ COMPILED: dict[str, Callable[[Tensor], Any]] = {
     "unpack_2to4": lambda w: 2 * ops.unpack_2to4(*ops.pack_2to4(ops.project_2to4(w))),
     "prox_adamw_": _prox_adamw,
     "gate_update_": _gate_update,
+    "gate_project_": _gate_project,
     "sparse_linear": lambda w: ops.sparse_linear(2 * w, *ops.pack_2to4(ops.project_2to4(w))),
     "sparse_linear_decode": lambda w: ops.sparse_linear_decode(
         2 * w, *ops.pack_2to4(ops.project_2to4(w))

@@ -71,6 +71,12 @@ VARIANTS = (
         MIXED | GATE | {"HARD": False, "out_ptr": None},
         (8, 6),
     ),
+    variant(
+        "gate_project",
+        "s:bf16 w0:bf16 norm:fp32 out:bf16",
+        EXACT | {"ROW_SPANS_TILE": True},
+        (4, 1),
+    ),
     variant("project_2to4", "w:i16 out:i16", EXACT | {"score_ptr": None}, (1, 1)),
     variant("mask_2to4", "score:i16 out:u8", EXACT, (1, 0)),
     variant("is_2to4", "w:i16 result:u8", EXACT, (1, 0)),

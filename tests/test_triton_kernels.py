@@ -18,6 +18,7 @@ from proxsparse import reference
 
 pytest.importorskip("triton")
 
+from proxsparse.kernels.gate_project import gate_project_triton
 from proxsparse.kernels.gate_update import gate_update_triton
 from proxsparse.kernels.is_2to4 import is_2to4_triton
 from proxsparse.kernels.launch import BLOCK, NUM_WARPS
@@ -357,6 +358,20 @@ def test_gate_update(
     elif written == "masked":
         score = reference.gate_score(w0.double(), s.double(), act_norm.double())
         assert same_bits(out, reference.project_2to4(w0, score))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 12), (2, 3, 1028), (300, 4)])
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("s_dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_gate_project(shape: tuple[int, ...], w_dtype: torch.dtype, s_dtype: torch.dtype) -> None:
+    w0 = random(shape, w_dtype)
+    s = random(shape, seed=5).abs().clamp(0, 1)
+    s = (255 * s).to(s_dtype) if s_dtype == torch.uint8 else s.to(s_dtype)
+    act_norm = 0.1 + random((*shape[:-2], shape[-1]), seed=6).abs()
+    out = torch.full_like(w0, math.nan)
+    gate_project_triton(s, w0, act_norm, out)
+    score = reference.gate_score(w0.double(), s if s.dtype == torch.uint8 else s.double(), act_norm)
+    assert same_bits(out, reference.project_2to4(w0, score))
 
 
 @pytest.mark.parametrize("lam", [0.1, 3.0])

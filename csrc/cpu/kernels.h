@@ -24,6 +24,9 @@ void gate_update(Operand s, Operand grad, Operand w0, Operand m, Operand v, Oper
                  Operand out, std::int64_t size, std::int64_t out_features,
                  std::int64_t in_features, AdamStep adam, float lam, bool hard, int threads);
 
+void gate_project(Operand s, Operand w0, Operand act_norm, Operand out, std::int64_t size,
+                  std::int64_t out_features, std::int64_t in_features, int threads);
+
 // Exact ops work on the bit patterns. `score` may be the same tensor as `w`.
 void project_2to4(Operand w, Operand score, Operand out, std::int64_t size, int threads);
 void mask_2to4(Operand score, bool* out, std::int64_t size, int threads);

@@ -65,6 +65,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       unlocked());
   m.def(
+      "gate_project",
+      [](Tensor s, Tensor w0, Tensor act_norm, Tensor out, std::int64_t size,
+         std::int64_t out_features, std::int64_t in_features, int threads) {
+        proxsparse::gate_project(operand(s), operand(w0), operand(act_norm), operand(out), size,
+                                 out_features, in_features, threads);
+      },
+      unlocked());
+  m.def(
       "project_2to4",
       [](Tensor w, Tensor score, Tensor out, std::int64_t size, int threads) {
         proxsparse::project_2to4(operand(w), operand(score), operand(out), size, threads);

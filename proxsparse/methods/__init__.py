@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from proxsparse.config import METHOD_OPTIONS
 from proxsparse.errors import ProxsparseError
 from proxsparse.learn import Job
 from proxsparse.masks import Masks
+from proxsparse.methods.gates import MEMORY as gates_memory
 from proxsparse.methods.gates import gates
 from proxsparse.methods.magnitude import magnitude
+from proxsparse.methods.proxsparse import MEMORY as proxsparse_memory
 from proxsparse.methods.proxsparse import proxsparse
 from proxsparse.methods.sparsegpt import sparsegpt
 from proxsparse.methods.wanda import wanda
@@ -28,6 +30,8 @@ class Method:
             methods that say otherwise in `updates_weights`.
         learned: whether it runs the optimiser loop (and takes `LearnConfig`).
         needs_data: whether it looks at calibration text (and takes `CalibrationConfig`).
+        memory: of a learned method, the values of --memory it knows, the fastest first, and the
+            bytes it keeps in each per pruned weight beside the parameter.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Method:
     run: Callable[[Job], Masks]
     learned: bool = False
     needs_data: bool = True
+    memory: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> type[Any]:
@@ -49,8 +54,20 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("gates", "gates on frozen weights; no setting (default)", gates, learned=True),
-        Method("proxsparse", "the paper: AdamW and the prox on weights", proxsparse, learned=True),
+        Method(
+            "gates",
+            "gates on frozen weights; no setting (default)",
+            gates,
+            learned=True,
+            memory=gates_memory,
+        ),
+        Method(
+            "proxsparse",
+            "the paper: AdamW and the prox on weights",
+            proxsparse,
+            learned=True,
+            memory=proxsparse_memory,
+        ),
         Method("sparsegpt", "layer by layer, updates the kept weights", sparsegpt),
         Method("wanda", "layer by layer, |weight| x activation norm", wanda),
         Method("magnitude", "largest weights; needs no data", magnitude, needs_data=False),

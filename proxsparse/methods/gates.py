@@ -9,14 +9,21 @@ From the first step on the model computes with the mask that the gates stand for
 each group, while the gradient is taken as if it were W0*s (a straight-through estimate, which
 reaches pruned weights too and lets them return). So nothing changes when the mask is made final;
 computing with W0*s instead leaves a tenth more of the loss, see benchmarks/results/NOTES.md.
+
+The weight is a function of W0 and the gates, so where memory is short it is not kept: each block
+makes its own when it runs (`streaming.weights_on_demand`), and the states are bfloat16 or 8-bit.
 """
 
 from __future__ import annotations
 
+import math
+import zlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import distributed, ops, reference
 from proxsparse.config import LearnConfig
 from proxsparse.layerwise import collect_input_norms
 from proxsparse.learn import Job, Moment, Rule, State, learn
@@ -24,6 +31,8 @@ from proxsparse.masks import Masks
 from proxsparse.targets import Target
 
 _PRIOR_SAMPLES = 128  # blocks behind the activation norms, as many as Wanda's
+# Bytes per weight beside the parameter: s, m and v; in fast also the original weight.
+MEMORY = {"fast": 4 + 3 * 4.0, "balanced": 3 * 2.0, "low": 3 + 8 / reference.QUANTUM_BLOCK}
 
 
 class _Gates(Rule):
@@ -32,47 +41,72 @@ class _Gates(Rule):
 
     def __init__(self, learn_config: LearnConfig, norms: dict[str, Tensor]) -> None:
         self.norms = norms
-        self.frozen: dict[str, Tensor] = {}
+        self.memory, self.seed = learn_config.memory, learn_config.seed
+        # Of several processes each keeps its rows twice; what they compute with is gathered.
+        self.on_demand = self.memory in ("balanced", "low") and distributed.world_size() == 1
         peak = self.lr if learn_config.lr is None else learn_config.lr
         self.lam_per_step = peak * (self.lam if learn_config.lam is None else learn_config.lam)
 
-    def start(self, target: Target) -> State:
-        w0 = target.weight().detach()
-        self.frozen[target.name] = w0.clone(memory_format=torch.contiguous_format)
-        s = torch.ones_like(self.frozen[target.name])
+    def start(self, target: Target, w0: Tensor) -> State:
+        def full(value: int, dtype: torch.dtype) -> Tensor:
+            return torch.full(w0.shape, value, dtype=dtype, device=w0.device)
+
         norm = self.norms[target.name]
-        return {"s": s, "m": torch.zeros_like(s), "v": torch.zeros_like(s), "act_norm": norm}
+        state = {"act_norm": distributed.own_rows(norm) if norm.dim() > 1 else norm}
+        if self.memory != "low":
+            dtype = torch.bfloat16 if self.memory == "balanced" else w0.dtype
+            return state | {"s": full(1, dtype), "m": full(0, dtype), "v": full(0, dtype)}
+        blocks = math.ceil(w0.shape[-2] * w0.shape[-1] / reference.QUANTUM_BLOCK)
+        return state | {
+            "s": full(255, torch.uint8),
+            "m": full(0, torch.int8),
+            "v": full(0, torch.uint8),
+            "scales": torch.zeros(*w0.shape[:-2], blocks, 2, device=w0.device),
+            # No two layers round alike. On the CPU, so that reading it never waits for a GPU.
+            "seed": torch.tensor(zlib.crc32(f"{self.seed}/{target.name}".encode()) >> 1),
+        }
 
-    def sync_(self, target: Target, state: State) -> None:
-        score = self.score(target, state)
-        target.set_weight_(ops.project_2to4(self.frozen[target.name], score))
+    def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
+        _fill(out, lambda x: ops.gate_project_(state["s"], w0, state["act_norm"], x))
 
-    def update_(self, target: Target, state: State, grad: Tensor, moment: Moment) -> None:
-        weight = target.weight().detach()
-        in_place = weight.is_contiguous()  # not so where the model stores the transpose
-        out = weight if in_place else torch.empty_like(state["s"])
-        ops.gate_update_(
-            state["s"],
-            grad,
-            self.frozen[target.name],
-            state["m"],
-            state["v"],
-            state["act_norm"],
-            step=moment.step,
-            lr=moment.lr,
-            lam=self.lam_per_step * moment.progress,
-            grad_scale=moment.grad_scale,
-            out=out,
-            hard=True,
-        )
-        if not in_place:
-            target.set_weight_(out)
+    def update_(
+        self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
+    ) -> None:
+        def step(out: Tensor | None) -> None:
+            ops.gate_update_(
+                state["s"],
+                grad,
+                w0,
+                state["m"],
+                state["v"],
+                state["act_norm"],
+                step=moment.step,
+                lr=moment.lr,
+                lam=self.lam_per_step * moment.progress,
+                grad_scale=moment.grad_scale,
+                out=out,
+                hard=True,
+                scales=state.get("scales"),
+                seed=int(state["seed"]) if "seed" in state else 0,
+            )
+
+        if out is None:
+            step(None)
+        else:
+            _fill(out, step)
 
     def variable(self, state: State) -> Tensor:
         return state["s"]
 
-    def score(self, target: Target, state: State) -> Tensor:
-        return reference.gate_score(self.frozen[target.name], state["s"], state["act_norm"])
+
+def _fill(out: Tensor, write: Callable[[Tensor], None]) -> None:
+    """Let `write` fill `out`, through a contiguous tensor where the model stores the transpose."""
+    if out.is_contiguous():
+        write(out)
+    else:
+        buffer = torch.empty_like(out, memory_format=torch.contiguous_format)
+        write(buffer)
+        out.copy_(buffer)
 
 
 def gates(job: Job) -> Masks:

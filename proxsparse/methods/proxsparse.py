@@ -22,6 +22,10 @@ from proxsparse.learn import Job, Moment, Rule, State, learn
 from proxsparse.masks import Masks
 from proxsparse.targets import Target
 
+# Bytes per weight beside the parameter: the original weight, m, v and the gradient. The global norm
+# that the paper clips needs all gradients at once, so there is no mode that never holds them.
+MEMORY = {"fast": 4 * 4.0, "balanced": 4 * 2.0}
+
 
 class _ProxAdamW(Rule):
     lr = 1e-4
@@ -34,18 +38,17 @@ class _ProxAdamW(Rule):
         if learn_config.lam is not None:
             self.lam = learn_config.lam
 
-    def start(self, target: Target) -> State:
+    def start(self, target: Target, w0: Tensor) -> State:
         p = target.weight().detach().contiguous()  # the parameter itself, unless stored transposed
-        state = {"p": p, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-        if self.options.lam2 != 0:
-            state["w0"] = p.clone()
-        return state
+        return {"p": p, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
 
-    def sync_(self, target: Target, state: State) -> None:
-        if state["p"].data_ptr() != target.weight().data_ptr():
-            target.set_weight_(state["p"])
+    def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
+        if state["p"].data_ptr() != out.data_ptr():
+            out.copy_(state["p"])
 
-    def update_(self, target: Target, state: State, grad: Tensor, moment: Moment) -> None:
+    def update_(
+        self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
+    ) -> None:
         raw = self.options.lam_scaling == "raw"
         ops.prox_adamw_(
             state["p"],
@@ -56,16 +59,14 @@ class _ProxAdamW(Rule):
             lr=moment.lr,
             lam=self.lam if raw else self.lam * moment.lr / self.peak,
             grad_scale=moment.grad_scale,
-            w0=state.get("w0"),
+            w0=w0 if self.options.lam2 != 0 else None,
             lam2=self.options.lam2,
             reg_eps=self.options.reg_eps,
         )
-        self.sync_(target, state)
+        if out is not None:
+            self.weight_(w0, state, out)
 
     def variable(self, state: State) -> Tensor:
-        return state["p"]
-
-    def score(self, target: Target, state: State) -> Tensor:
         return state["p"]
 
 

@@ -1,0 +1,188 @@
+"""Weights, gradients and logits in pieces: the same numbers as whole, on every kind of layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from proxsparse import learn as learning
+from proxsparse import streaming
+from proxsparse.config import LearnConfig, TargetConfig
+from proxsparse.evaluate import next_token_loss
+from proxsparse.layerwise import collect_input_norms
+from proxsparse.learn import Job, learn
+from proxsparse.methods.gates import _Gates
+from proxsparse.streaming import (
+    can_chunk,
+    chunked_next_token_loss,
+    consuming_gradients,
+    weights_on_demand,
+)
+from proxsparse.targets import find_targets
+
+KINDS = ["llama", "gpt2", "qwen3_moe", "gpt_oss", "mixtral", "gemma2", "opt"]
+TOKENS = torch.randint(0, 96, (6, 16), generator=torch.Generator().manual_seed(3))
+
+
+class Gates(_Gates):
+    """The default method with float32 states, whichever way the weights are held."""
+
+    def __init__(self, on_demand: bool, *args: Any) -> None:
+        super().__init__(*args)
+        self.on_demand = on_demand
+
+
+def run(model: Any, on_demand: bool, targets: Any) -> tuple[dict[str, Any], list[Any]]:
+    config = LearnConfig(steps=5, batch_size=2, lr=0.1, lam=2.0)
+    job = Job(model, targets, TOKENS, config, None)
+    norms = collect_input_norms(model, targets, TOKENS)
+    masks = learn(job, Gates(on_demand, config, norms))
+    return {k: v.tolist() for k, v in masks.codes.items()}, [r["loss"] for r in job.history]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_on_demand_equals_resident_weights_bitwise(tiny_model: Any, name: str) -> None:
+    model = tiny_model(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    pointers = {k: p.data_ptr() for k, p in model.named_parameters()}
+    targets = find_targets(model)
+    resident, on_demand = run(model, False, targets), run(model, True, targets)
+    assert on_demand == resident
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert {k: p.data_ptr() for k, p in model.named_parameters()} == pointers
+
+
+def test_a_targeted_lm_head_is_made_on_demand_too(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    targets = find_targets(model, TargetConfig(targets=("lm_head", "mlp.down_proj")))
+    assert run(model, True, targets) == run(model, False, targets)
+
+
+def test_gradients_are_those_of_the_written_weights_and_one_buffer_serves_all(
+    tiny_model: Any,
+) -> None:
+    model = tiny_model("llama")
+    targets = find_targets(model)
+    new = {t.name: torch.randn_like(t.weight()) for t in targets.layers}
+    addresses, seen = set(), {}
+
+    def write(target: Any, out: Tensor) -> None:
+        addresses.add(out.untyped_storage().data_ptr())
+        out.copy_(new[target.name])
+
+    def consume(target: Any, grad: Tensor) -> None:
+        assert all(p.grad is None or p is target.parameter for p in model.parameters())
+        seen[target.name] = grad.clone()
+
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for t in targets.layers:
+        t.parameter.requires_grad_(True)
+    with weights_on_demand(targets, write), consuming_gradients(targets.layers, consume):
+        next_token_loss(model, TOKENS).backward()
+    assert len(addresses) == 1
+    for t in targets.layers:
+        t.set_weight_(new[t.name])
+    next_token_loss(model, TOKENS).backward()
+    assert set(seen) == set(new)
+    for t in targets.layers:
+        assert torch.equal(seen[t.name], t.grad())
+
+
+def test_an_error_in_a_block_leaves_the_weights(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    targets = find_targets(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyError), weights_on_demand(targets, lambda _, out: out.zero_()):
+        next_token_loss(model, TOKENS)
+    handle.remove()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert "forward" not in model.model.layers[1].__dict__
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "qwen3_moe"])
+def test_chunked_loss_equals_the_whole_one(tiny_model: Any, name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(streaming, "LOGITS_AT_ONCE", 96 * 7)  # pieces of 7 tokens, and a rest
+    model = tiny_model(name)
+    largest = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _, __, out: largest.append(out.shape[:-1].numel())
+    )
+    assert can_chunk(model, TOKENS)
+    largest.clear()
+    gradients = []
+    for loss in (next_token_loss, chunked_next_token_loss):
+        model.zero_grad()
+        value = loss(model, TOKENS)
+        value.backward()
+        gradients.append((value.detach(), *(p.grad for p in model.parameters())))
+        if loss is next_token_loss:
+            largest.clear()
+    handle.remove()
+    for whole, pieces in zip(*gradients, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-6)
+    # The first call is the one without the head, which passes the hidden states on.
+    assert max(largest[1:]) == 7
+
+
+@pytest.mark.parametrize("name", ["gemma2", "clipped"])
+def test_logits_that_change_after_the_head_are_not_chunked(tiny_model: Any, name: str) -> None:
+    model = tiny_model("gemma2" if name == "gemma2" else "llama")
+    if name != "gemma2":
+        forward = model.forward
+
+        def changed(**kwargs: Any) -> Any:
+            out = forward(**kwargs)
+            out.logits = out.logits.clamp(-0.1, 0.1)
+            return out
+
+        model.forward = changed
+    assert not can_chunk(model, TOKENS)
+
+
+def test_a_model_without_a_head_of_its_own_is_not_chunked(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    model.get_output_embeddings = lambda: None
+    assert not can_chunk(model, TOKENS)
+
+
+def test_lean_modes_use_pieces_and_agree_with_fast(tiny_model: Any) -> None:
+    """On a tiny model few of the weights are decided otherwise by low-precision states."""
+    kept: dict[str, Tensor] = {}
+    for memory in ("fast", "balanced", "low"):
+        model = tiny_model("llama")
+        targets = find_targets(model)
+        config = LearnConfig(steps=20, batch_size=2, lam=2.0, memory=memory)  # type: ignore[arg-type]
+        norms = collect_input_norms(model, targets, TOKENS)
+        job = Job(model, targets, TOKENS, config, None)
+        masks = learn(job, _Gates(config, norms))
+        kept[memory] = torch.cat([m.flatten() for m in masks.values()])
+        dtypes = {x.dtype for x in _Gates(config, norms).start(*_layer(targets)).values()}
+        assert (
+            dtypes
+            == {
+                "fast": {torch.float32},
+                "balanced": {torch.float32, torch.bfloat16},
+                "low": {torch.float32, torch.uint8, torch.int8, torch.int64},
+            }[memory]
+        )
+    for memory in ("balanced", "low"):
+        assert (kept[memory] == kept["fast"]).float().mean() > 0.8
+
+
+def _layer(targets: Any) -> tuple[Any, Tensor]:
+    return targets.layers[0], targets.layers[0].weight()
+
+
+def test_bits_of_masks() -> None:
+    mask = torch.rand(3, 12) > 0.5
+    bits = learning._unpack_bits(learning._pack_bits(mask))
+    assert torch.equal(bits.flatten()[:36].bool(), mask.flatten())
