@@ -84,8 +84,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def autocast(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """bfloat16 autocast for a float32 model on a GPU; nothing elsewhere (a CPU gains nothing)."""
+    """bfloat16 autocast for a float32 model on a GPU; nothing elsewhere (a CPU gains nothing).
+
+    Without its cache: that would keep a copy of every weight, and a weight made on demand is
+    another one when it is made again.
+    """
     p = next(model.parameters())
     if p.device.type == "cuda" and p.dtype == torch.float32:
-        return torch.autocast("cuda", dtype=torch.bfloat16)
+        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
