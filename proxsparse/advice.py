@@ -1,7 +1,7 @@
 """Which layers of a model would gain from 2:4, before anything is pruned or converted.
 
 A layer's shape and the number of tokens decide, so the model's config is enough. On a GPU the
-layers are measured with random weights. Elsewhere only limits can be given: a call takes at least
+layers are tuned, then measured with random weights. Elsewhere only limits can be given: a call takes at least
 the time to move its bytes and the time to do its operations, and sparsity shortens each by a known
 factor. Which of the two binds depends on the GPU and the number of tokens.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxsparse import ops
+from proxsparse import ops, tuning
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
 from proxsparse.loading import load_skeleton, resolve_device
@@ -25,6 +25,7 @@ from proxsparse.sparse_linear import SparseLinear
 from proxsparse.targets import find_targets
 
 OPERATION_LIMIT = 2.0  # sparse tensor cores skip one of every two products
+_TUNING_SECONDS = 300.0
 
 # Shape, or None for the lm_head -> tokens -> microseconds dense and sparse.
 _Times = dict[tuple[int, int] | None, dict[int, tuple[float, float]]]
@@ -80,6 +81,7 @@ def advise(
     measured = where.type == "cuda"
     times: _Times = {}
     if measured:
+        _tune(list(counts), tokens, dtype, where)
         times |= {shape: measure(*shape, tokens, dtype, where) for shape in counts}
 
     size = dtype.itemsize
@@ -122,6 +124,22 @@ def advise(
         },
         "left_dense": left_dense,
     }
+
+
+def _tune(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Lets the sparse layers find what to run on first, as far as `_TUNING_SECONDS` reach.
+
+    What was found before, and what is found now, is kept for the layers of this machine.
+    """
+    layers = [(n, k, False) for n, k in shapes if not ops.can_compress(n, k, dtype)]
+    if layers:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        tuning.tune_layers(layers, tokens, dtype=dtype, device=index, seconds=_TUNING_SECONDS)
 
 
 def measure(
