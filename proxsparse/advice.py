@@ -1,9 +1,9 @@
 """Which layers of a model would gain from 2:4, before anything is pruned or converted.
 
 A layer's shape and the number of tokens decide, so the model's config is enough. On a GPU the
-layers are tuned, then measured with random weights. Elsewhere only limits can be given: a call takes at least
-the time to move its bytes and the time to do its operations, and sparsity shortens each by a known
-factor. Which of the two binds depends on the GPU and the number of tokens.
+layers are tuned, then measured with random weights. Elsewhere only limits can be given: a call
+takes at least the time to move its bytes and the time to do its operations, and sparsity shortens
+each by a known factor. Which of the two binds depends on the GPU and the number of tokens.
 """
 
 from __future__ import annotations
