@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
+import sys
 
-import bench_gate_update
-import bench_prox_adamw
 import torch
+from bench_gate_update import UPDATE as GATE_UPDATE
+from bench_prox_adamw import UPDATE as PROX_ADAMW
+from fused_update import DTYPES, LAMBDAS, MEASURED
 from harness import copy_bandwidth, time_interleaved
 
-from proxsparse import ops
-
 TILES = ((1024, 4), (2048, 4), (2048, 8), (512, 4), (4096, 8))
-BENCHES = {"prox_adamw": bench_prox_adamw, "gate_update": bench_gate_update}
 
 
 def main() -> None:
@@ -28,31 +27,29 @@ def main() -> None:
     parser.add_argument("--log2-size", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tune_update.py needs a CUDA GPU")
     device, size = torch.device("cuda"), 2**args.log2_size
     bandwidth = copy_bandwidth(8 * size, device)
     print("op | dtype, states | lam | " + " | ".join(f"{b}/{w}" for b, w in TILES))
-    for stem, bench in BENCHES.items():
-        kernel = importlib.import_module(f"proxsparse.kernels.{stem}")
-        update = getattr(ops, f"{stem}_")
-        for dtype, states in bench.MEASURED["cuda"]:
-            tensors = bench.make_tensors(size, bench.DTYPES[dtype], bench.DTYPES[states], device)
-            first = tensors[0]
-            start = first.clone()
-            frozen = 3 if stem == "prox_adamw" else 2  # tensors of the weight's dtype that move
-            num_bytes = size * (frozen * tensors[1].itemsize)
-            num_bytes += size * (4 if stem == "prox_adamw" else 6) * tensors[3].itemsize
-            for lam in bench.LAMBDAS:
+    for update in (PROX_ADAMW, GATE_UPDATE):
+        kernel = importlib.import_module(f"proxsparse.kernels.{update.stem}")
+        for dtype, states in MEASURED["cuda"]:
+            tensors = update.make_tensors(size, DTYPES[dtype], DTYPES[states], device)
+            start = tensors[0].clone()
+            num_bytes = update.num_bytes(size, dtype, states)
+            for lam in LAMBDAS:
                 shares = []
                 for kernel.BLOCK, kernel.NUM_WARPS in TILES:
                     (seconds,) = time_interleaved(
-                        [lambda: update(*tensors, **bench.SETTINGS, lam=lam)],  # noqa: B023
-                        lambda: first.copy_(start),  # noqa: B023
+                        [lambda: update.run("triton", tensors, lam)],  # noqa: B023
+                        lambda: tensors[0].copy_(start),  # noqa: B023
                         device,
                         args.rounds,
                     )
                     shares.append(num_bytes / statistics.median(seconds) / bandwidth)
                 cells = " | ".join(f"{100 * share:.1f}" for share in shares)
-                print(f"{stem} | {dtype}, {states} | {lam} | {cells}", flush=True)
+                print(f"{update.stem} | {dtype}, {states} | {lam} | {cells}", flush=True)
 
 
 if __name__ == "__main__":
