@@ -31,11 +31,13 @@ COMPILE_FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-unknown-pragmas"),
 ]
 LINK_FLAGS = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-# sm_80 with PTX runs on everything since Ampere; 90a is Hopper with its own instructions.
+# Machine code for Ampere and Ada, and for Hopper; from the PTX, which may use clusters, the driver
+# compiles for what comes after.
 CUDA_FLAGS = [
     *("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xcompiler=-Wall"),
-    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_90,code=compute_90",
 ]
 # nvcc links, and brings the runtime in statically: the machine that runs it needs only a driver.
 CUDA_LINK_FLAGS = "-shared -cudart static"
