@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from proxsparse.errors import ProxsparseError
 
@@ -30,7 +30,7 @@ except ImportError as error:
     _reason = _note.read_text().strip() if _note.exists() else str(error)
     raise ImportError(f"the CUDA extension was not built: {_reason}") from error
 
-extension = _cuda  # for those who import it through here, and so get the reason
+extension: Any = _cuda  # for those who import it through here, and so get the reason
 VARIABLE = "PROXSPARSE_CUSPARSELT"
 _NAME = "libcusparseLt.so.0"
 _WHEEL_FOLDERS = ("nvidia/cu13/lib", "nvidia/cusparselt/lib")  # since 0.10, and before
@@ -92,7 +92,7 @@ def find_library() -> Library | str:
     reasons = []
     for path in dict.fromkeys(candidates()):
         try:
-            return Library(path, _cuda.load_cusparselt(path))
+            return Library(path, extension.load_cusparselt(path))
         except RuntimeError as error:
             reasons.append(str(error))
     return (

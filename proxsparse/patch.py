@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxsparse import ops
+from proxsparse import ops, tuning
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
 from proxsparse.sparse_linear import SparseLinear, check_memory, sparse_layers
 from proxsparse.targets import Target, find_targets
+
+_REPORTED_TOKENS = (1, 16, 256, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,15 @@ class SparseLayer:
         shape: (N, K).
         dense_bytes: of its dense weight.
         bytes: of every form of the weight that is kept, see `SparseLinear.memory_bytes`.
+        speedups: token count -> speed-up over dense, of what was measured on this GPU (`advise`
+            measures); empty elsewhere.
     """
 
     name: str
     shape: tuple[int, int]
     dense_bytes: int
     bytes: int
+    speedups: dict[int, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,4 +276,17 @@ def _in_memory(module: nn.Module) -> Iterator[None]:
 def _row(name: str, layer: SparseLinear) -> SparseLayer:
     shape = (layer.out_features, layer.in_features)
     size = torch.Size(shape).numel() * layer.values.element_size()
-    return SparseLayer(name, shape, size, sum(layer.memory_bytes().values()))
+    return SparseLayer(name, shape, size, sum(layer.memory_bytes().values()), _speedups(layer))
+
+
+def _speedups(layer: SparseLinear) -> dict[int, float]:
+    """What is known of a layer's speed, by token count."""
+    n, k, dtype = layer.out_features, layer.in_features, layer.values.dtype
+    if not layer.values.is_cuda or ops.can_compress(n, k, dtype):
+        return {}
+    forms = {"unpack", "decode"}
+    forms |= {"dense"} if layer.dense is not None else set()
+    forms |= {"cusparselt"} if layer.compressed is not None else set()
+    table = tuning.table_for(layer.values.get_device())
+    has_bias = layer.bias is not None
+    return tuning.known_speedups(table, n, k, dtype, has_bias, _REPORTED_TOKENS, forms)

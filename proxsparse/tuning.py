@@ -325,6 +325,42 @@ def table_for(device: int) -> Table:
     return Table(torch.cuda.get_device_name(device), cusparselt.library().version_text)
 
 
+def known_speedups(
+    table: Table,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    tokens: Iterable[int],
+    available: Collection[str],
+) -> dict[int, float]:
+    """Token count -> measured speed-up over dense of what a layer runs on there; gaps left out.
+
+    Args:
+        table: of the layer's GPU.
+        n: output features.
+        k: input features.
+        dtype: of weight and activations.
+        has_bias: whether a bias is added.
+        tokens: counts of interest.
+        available: executors whose form of the weight the layer keeps.
+    """
+    name = str(dtype).removeprefix("torch.")
+    known = {}
+    for count in tokens:
+        bucket = find_bucket(count)
+        record = table.get(Cell(n, k, bucket, name, has_bias))
+        if record is None:
+            continue
+        chosen = choose(record, bucket, available)
+        timing = record.timings.get(chosen.executor)
+        if chosen.executor == "dense":
+            known[count] = 1.0
+        elif timing is not None:
+            known[count] = timing.speedup
+    return known
+
+
 # What the backend has decided, by its own keys; emptied when a table changes.
 decisions: dict[Any, Any] = {}
 

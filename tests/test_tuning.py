@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from proxsparse import tuning
 from proxsparse.errors import ProxsparseError
@@ -118,6 +119,17 @@ def test_measured_but_unusable_leaves_dense() -> None:
 
 
 # -- measuring
+
+
+def test_known_speedups_are_those_of_what_runs() -> None:
+    known = table()
+    known.put(Cell(64, 64, 16, "bfloat16", False), record(decode=(1.5, 1.4), cusparselt=(0.5, 0.5)))
+    known.put(Cell(64, 64, 4096, "bfloat16", False), record(cusparselt=(1.6, 1.5)))
+    shape = (known, 64, 64, torch.bfloat16, False, (1, 16, 4096))
+    assert tuning.known_speedups(*shape, {"dense", "decode", "cusparselt"}) == {16: 1.5, 4096: 1.6}
+    assert tuning.known_speedups(*shape, {"dense", "decode"}) == {16: 1.5, 4096: 1.0}
+    assert tuning.known_speedups(*shape, {"dense", "cusparselt"}) == {16: 1.0, 4096: 1.6}
+    assert tuning.known_speedups(*shape, {"decode"}) == {16: 1.5}
 
 
 def test_the_best_verified_candidate_is_kept() -> None:
