@@ -489,6 +489,7 @@ def demo(
     from proxsparse.demo import run_demo
 
     _quiet_transformers()
+    logging.getLogger("proxsparse").setLevel(logging.WARNING)  # its runs are not the user's
     return run_demo(console, output, quick=quick)
 
 

@@ -195,4 +195,4 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
