@@ -36,6 +36,17 @@ def gate_prior(w0, norm, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def keep_best(w0, s, a, b, c, d, BLOCK: tl.constexpr):
+    """w0 at the two largest A*s of each group, +0.0 elsewhere; A is the prior (a, b, c, d)."""
+    sa, sb, sc, sd = split_group(s, BLOCK)
+    ka, kb, kc, kd = keep_two(a * sa, b * sb, c * sc, d * sd)
+    wa, wb, wc, wd = split_group(w0, BLOCK)
+    wa, wb = tl.where(ka, wa, 0.0), tl.where(kb, wb, 0.0)
+    wc, wd = tl.where(kc, wc, 0.0), tl.where(kd, wd, 0.0)
+    return join_group(wa, wb, wc, wd, BLOCK)
+
+
+@triton.jit
 def _gate_project_kernel(
     s_ptr,
     w0_ptr,
@@ -62,12 +73,7 @@ def _gate_project_kernel(
     s = tl.load(s_ptr + start + offset, mask, 0).to(tl.float32)
     norm = tl.load(norm_ptr + tl.program_id(1).to(tl.int64) * K + column).to(tl.float32)
     a, b, c, d = gate_prior(w0, norm, BLOCK)
-    sa, sb, sc, sd = split_group(s, BLOCK)
-    ka, kb, kc, kd = keep_two(a * sa, b * sb, c * sc, d * sd)
-    wa, wb, wc, wd = split_group(w0, BLOCK)
-    wa, wb = tl.where(ka, wa, 0.0), tl.where(kb, wb, 0.0)
-    wc, wd = tl.where(kc, wc, 0.0), tl.where(kd, wd, 0.0)
-    kept = join_group(wa, wb, wc, wd, BLOCK)
+    kept = keep_best(w0, s, a, b, c, d, BLOCK)
     tl.store(out_ptr + start + offset, round_to(kept, out_ptr.dtype.element_ty), mask)
 
 

@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adam import adam, bias_corrections
-from .bits import keep_two
-from .gate_project import columns, gate_prior
+from .gate_project import columns, gate_prior, keep_best
 from .group import (
     ALL,
     join_group,
@@ -122,12 +121,7 @@ def _gate_update_kernel(
     if out_ptr is not None:
         gated = w0 * s
         if HARD:
-            sa, sb, sc, sd = split_group(s, BLOCK)
-            ka, kb, kc, kd = keep_two(a * sa, b * sb, c * sc, d * sd)
-            wa, wb, wc, wd = split_group(w0, BLOCK)
-            wa, wb = tl.where(ka, wa, 0.0), tl.where(kb, wb, 0.0)
-            wc, wd = tl.where(kc, wc, 0.0), tl.where(kd, wd, 0.0)
-            gated = join_group(wa, wb, wc, wd, BLOCK)
+            gated = keep_best(w0, s, a, b, c, d, BLOCK)
         tl.store(out_ptr + start + offset, round_to(gated, out_ptr.dtype.element_ty), mask)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from proxsparse import ops, tuning
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.loading import load_skeleton, resolve_device
+from proxsparse.loading import build_model, resolve_device
 from proxsparse.patch import why_not_sparse
 from proxsparse.sparse_linear import SparseLinear
 from proxsparse.targets import find_targets
@@ -64,7 +64,7 @@ def advise(
     if not tokens or min(tokens) < 1:
         raise ProxsparseError(f"--tokens is {list(tokens)}: give numbers of at least 1")
     where = resolve_device(device)
-    skeleton = load_skeleton(model)
+    skeleton = build_model(model, torch.device("meta"))
     found = find_targets(skeleton, TargetConfig(targets=targets, ignore=ignore))
     reasons = {target.name: why_not_sparse(target) for target in found.layers}
     left_dense = {**found.left_dense, **{name: r for name, r in reasons.items() if r}}

@@ -44,6 +44,8 @@ def resolve_device(name: str) -> torch.device:
 def build_model(model: str | os.PathLike[str], device: torch.device) -> Any:
     """A causal LM of this shape with random weights, made on `device`; meta costs no memory.
 
+    A packed model comes as the dense one of its shape.
+
     Args:
         model: a local directory, a config.json or a name on the Hugging Face Hub.
         device: where to make it.
@@ -120,30 +122,6 @@ def _check_name(model: str | os.PathLike[str]) -> str:
             f"{name} {what}: give the directory of a Hugging Face model, or its name on the Hub"
         )
     return name
-
-
-def load_skeleton(model: str | os.PathLike[str]) -> Any:
-    """A causal LM on the meta device, from its config alone; a packed one as a dense one.
-
-    Args:
-        model: a local directory or a name on the Hugging Face Hub.
-
-    Raises:
-        ProxsparseError: not found, or not a causal LM.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name = _check_name(model)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=config.dtype
-            )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise ProxsparseError(
-            f"{name} is not a causal language model: {_first_lines(error)}"
-        ) from error
 
 
 def check_finite(targets: Targets) -> None:

@@ -1,93 +1,9 @@
-#include "adam.h"
+#include "gates.h"
 #include "kernels.h"
-#include "solver.h"
 
 namespace proxsparse {
 
-namespace {
-
-constexpr float kPriorFloor = 1e-3f;  // reference.PRIOR_FLOOR
-
-struct Call {
-  Operand s, grad, w0, m, v, act_norm, out;
-  std::int64_t out_features, in_features;
-  AdamStep adam;
-  float lam;
-  bool hard;
-};
-
-// The norms [E, K] of elements [at, at + n) of gates [E, N, K]: where they lie if a row holds all
-// of them, else collected row by row.
-PROXSPARSE_INLINE const float* read_norms(const Call& call, std::int64_t at, int n, float* norms) {
-  std::int64_t row = at / call.in_features, column = at % call.in_features;
-  if (column + n <= call.in_features) {
-    return call.act_norm.read(row / call.out_features * call.in_features + column, n, norms);
-  }
-  alignas(64) float buffer[kTile];
-  for (int i = 0; i < n;) {
-    const std::int64_t left = call.in_features - column;
-    const int run = static_cast<int>(left < n - i ? left : n - i);
-    const std::int64_t source = row / call.out_features * call.in_features + column;
-    std::memcpy(norms + i, call.act_norm.read(source, run, buffer), sizeof(float) * run);
-    i += run;
-    ++row;
-    column = 0;
-  }
-  for (int i = n; i < kTile; ++i) norms[i] = 0.0f;
-  return norms;
-}
-
-// NaN passes through.
-PROXSPARSE_INLINE float clip(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
-
-PROXSPARSE_INLINE float floored(float prior) { return prior > kPriorFloor ? prior : kPriorFloor; }
-
-// |w0| * norm, scaled to RMS 1 in each group and floored (reference.gate_prior), and its product
-// with the gates: z, the point whose prox is taken.
-PROXSPARSE_INLINE void gate_prior(const float* w0, const float* norms, const float* gate,
-                                  Lanes (&prior)[4], Lanes (&z)[4]) {
-  PROXSPARSE_SIMD
-  for (int i = 0; i < kLanes; ++i) {
-    const float a = std::fabs(w0[4 * i]) * norms[4 * i];
-    const float b = std::fabs(w0[4 * i + 1]) * norms[4 * i + 1];
-    const float c = std::fabs(w0[4 * i + 2]) * norms[4 * i + 2];
-    const float d = std::fabs(w0[4 * i + 3]) * norms[4 * i + 3];
-    const float rms = std::sqrt(0.25f * (a * a + b * b + c * c + d * d));
-    const float scale = rms > 0.0f ? 1.0f / rms : 0.0f;
-    prior[0][i] = floored(a * scale), prior[1][i] = floored(b * scale);
-    prior[2][i] = floored(c * scale), prior[3][i] = floored(d * scale);
-    z[0][i] = prior[0][i] * gate[4 * i], z[1][i] = prior[1][i] * gate[4 * i + 1];
-    z[2][i] = prior[2][i] * gate[4 * i + 2], z[3][i] = prior[3][i] * gate[4 * i + 3];
-  }
-}
-
-// The gates of z: z / prior, clipped to [0, 1].
-PROXSPARSE_INLINE void gates_of(const Lanes (&z)[4], const Lanes (&prior)[4], float* gate) {
-  PROXSPARSE_SIMD
-  for (int i = 0; i < kLanes; ++i) {
-    gate[4 * i] = clip(z[0][i] / prior[0][i]), gate[4 * i + 1] = clip(z[1][i] / prior[1][i]);
-    gate[4 * i + 2] = clip(z[2][i] / prior[2][i]), gate[4 * i + 3] = clip(z[3][i] / prior[3][i]);
-  }
-}
-
-// w0 at the two largest prior*s of each group, +0.0 elsewhere; ties keep the lower index.
-PROXSPARSE_INLINE void keep_two(const float* w0, const Lanes (&prior)[4], const float* s,
-                                float* out) {
-  PROXSPARSE_SIMD
-  for (int i = 0; i < kLanes; ++i) {
-    const float a = prior[0][i] * s[4 * i], b = prior[1][i] * s[4 * i + 1];
-    const float c = prior[2][i] * s[4 * i + 2], d = prior[3][i] * s[4 * i + 3];
-    const int ab = a >= b, ac = a >= c, ad = a >= d, bc = b >= c, bd = b >= d, cd = c >= d;
-    out[4 * i] = ab + ac + ad >= 2 ? w0[4 * i] : 0.0f;
-    out[4 * i + 1] = 1 - ab + bc + bd >= 2 ? w0[4 * i + 1] : 0.0f;
-    out[4 * i + 2] = 2 - ac - bc + cd >= 2 ? w0[4 * i + 2] : 0.0f;
-    out[4 * i + 3] = 3 - ad - bd - cd >= 2 ? w0[4 * i + 3] : 0.0f;
-  }
-}
-
-}  // namespace
-
-PROXSPARSE_CLONES static void gate_update_range(const Call& call, std::int64_t begin,
+PROXSPARSE_CLONES static void gate_update_range(const GateCall& call, std::int64_t begin,
                                                 std::int64_t end) {
   const Prox prox(call.lam);
   const Adam adam(call.adam);
@@ -131,35 +47,10 @@ PROXSPARSE_CLONES static void gate_update_range(const Call& call, std::int64_t b
   }
 }
 
-// The hard `out` of gate_update, from gates as they are.
-PROXSPARSE_CLONES static void gate_project_range(const Call& call, std::int64_t begin,
-                                                 std::int64_t end) {
-  alignas(64) float buffer_s[kTile], buffer_w0[kTile], buffer_norms[kTile], kept[kTile];
-  alignas(64) Lanes prior[4], z[4];
-  for (std::int64_t at = begin; at < end; at += kTile) {
-    const int n = static_cast<int>(end - at < kTile ? end - at : kTile);
-    const float* s = call.s.read(at, n, buffer_s);
-    const float* w0 = call.w0.read(at, n, buffer_w0);
-    gate_prior(w0, read_norms(call, at, n, buffer_norms), s, prior, z);
-    keep_two(w0, prior, s, kept);
-    call.out.write(at, n, kept);
-  }
-}
-
-void gate_project(Operand s, Operand w0, Operand act_norm, Operand out, std::int64_t size,
-                  std::int64_t out_features, std::int64_t in_features, int threads) {
-  Call call{};
-  call.s = s, call.w0 = w0, call.act_norm = act_norm, call.out = out;
-  call.out_features = out_features, call.in_features = in_features;
-  parallel_ranges(size, kTile, 1 << 14, threads, [&](std::int64_t begin, std::int64_t end) {
-    gate_project_range(call, begin, end);
-  });
-}
-
 void gate_update(Operand s, Operand grad, Operand w0, Operand m, Operand v, Operand act_norm,
                  Operand out, std::int64_t size, std::int64_t out_features,
                  std::int64_t in_features, AdamStep adam, float lam, bool hard, int threads) {
-  const Call call{s, grad, w0, m, v, act_norm, out, out_features, in_features, adam, lam, hard};
+  const GateCall call{s, grad, w0, m, v, act_norm, out, out_features, in_features, adam, lam, hard};
   parallel_ranges(size, kTile, 1 << 13, threads, [&](std::int64_t begin, std::int64_t end) {
     gate_update_range(call, begin, end);
   });

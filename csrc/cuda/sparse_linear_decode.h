@@ -7,7 +7,8 @@ namespace proxsparse {
 
 constexpr int kMaxDecodeTokens = 64;
 
-// How a call is laid out on the GPU; zeros let the library choose.
+// How a call is laid out on the GPU; zeros let the library choose. Where a block has too little
+// shared memory for rows and depth, they give way to the next smaller ones; splits stay.
 struct DecodeLayout {
   int rows = 0;    // of the weight per block: 64 or 128
   int depth = 0;   // chunks under way per block: 1 few (several blocks a multiprocessor), 2 many
