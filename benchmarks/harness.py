@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -101,7 +102,8 @@ def describe_run() -> dict[str, Any]:
         "driver": driver or "none",
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "commit": commit or "unknown",
+        # A tree that was copied without its history can say which commit it is.
+        "commit": commit or os.environ.get("GIT_COMMIT", "unknown"),
     }
 
 
