@@ -21,25 +21,19 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The weight is read once: it should not push the tokens out of the cache.
-__device__ __forceinline__ std::uint64_t read_once_policy() {
-  std::uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
+// No cache hints: of those, ptxas 13.0 makes instructions for sm_90a that a GPU calls illegal (the
+// descriptor they name is never loaded).
+__device__ __forceinline__ void copy_weight(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared_address(to)),
+               "l"(from)
+               : "memory");
 }
 
-__device__ __forceinline__ void copy_weight(void* to, const void* from, std::uint64_t policy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-      "l"(from), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void copy_codes(void* to, const void* from, std::uint64_t policy) {
-  asm volatile(
-      "cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
-      "l"(from), "l"(policy)
-      : "memory");
+// A row's codes of one chunk are 32 bytes, which a GPU would fetch from memory at half its speed.
+__device__ __forceinline__ void copy_codes(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8;" ::"r"(shared_address(to)),
+               "l"(from)
+               : "memory");
 }
 
 // 16 bytes, or zeros where the token does not exist.

@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(S::kThreads)
   const int first_row = blockIdx.x / splits * S::kRows, part = blockIdx.x % splits;
   const int num_chunks = (K + S::kColumns - 1) / S::kColumns;
   const int begin = num_chunks * part / splits, end = num_chunks * (part + 1) / splits;
-  const std::uint64_t policy = read_once_policy();
 
   const auto load = [&](int chunk) {
     unsigned char* stage = shared + (chunk - begin) % S::kStages * S::kStageBytes;
@@ -102,9 +101,9 @@ __global__ void __launch_bounds__(S::kThreads)
       // Rows past the last repeat it: they are computed and not stored.
       const std::int64_t from = static_cast<std::int64_t>(min(first_row + row, N - 1)) * K;
       if (piece * kPiece < left) {
-        copy_weight(stage + swizzled<S::kValueBytes>(row, piece),
-                    reinterpret_cast<const unsigned char*>(values) + from + column + piece * kPiece,
-                    policy);
+        copy_weight(
+            stage + swizzled<S::kValueBytes>(row, piece),
+            reinterpret_cast<const unsigned char*>(values) + from + column + piece * kPiece);
       }
     }
     constexpr int kCodePieces = S::kColumns / kStep;  // of 8 bytes
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(S::kThreads)
       const std::int64_t from = static_cast<std::int64_t>(min(first_row + row, N - 1)) * (K / 8);
       if (piece * kStep < left) {
         copy_codes(stage + S::kCodesAt + row * S::kCodeBytes + piece * 8,
-                   codes + from + column / 8 + piece * 8, policy);
+                   codes + from + column / 8 + piece * 8);
       }
     }
     constexpr int kTokenPieces = S::kTokenBytes / kPiece;

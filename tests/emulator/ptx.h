@@ -14,13 +14,8 @@ namespace proxsparse {
 constexpr int kPiece = 16;
 
 inline unsigned char* dynamic_shared_memory() { return emulator::current->block->memory.data(); }
-inline std::uint64_t read_once_policy() { return 0; }
-inline void copy_weight(void* to, const void* from, std::uint64_t) {
-  emulator::copy_later(to, from, 16, 16);
-}
-inline void copy_codes(void* to, const void* from, std::uint64_t) {
-  emulator::copy_later(to, from, 8, 8);
-}
+inline void copy_weight(void* to, const void* from) { emulator::copy_later(to, from, 16, 16); }
+inline void copy_codes(void* to, const void* from) { emulator::copy_later(to, from, 8, 8); }
 inline void copy_tokens(void* to, const void* from, bool exists) {
   emulator::copy_later(to, from, exists ? 16 : 0, 16);
 }
