@@ -44,8 +44,8 @@ def _gate_update_kernel(
     lam,
     grad_scale,
     seed,
-    beta1,
-    beta2,
+    share1,
+    share2,
     log_beta1,
     log_beta2,
     eps,
@@ -91,7 +91,7 @@ def _gate_update_kernel(
     a, b, c, d = gate_prior(w0, norm, BLOCK)
     m_scale, v_scale = bias_corrections(count, log_beta1, log_beta2)
     ds = grad * w0 * scalar(grad_scale)
-    m, v, direction = adam(ds, m, v, beta1, beta2, eps, v_scale)
+    m, v, direction = adam(ds, m, v, share1, share2, eps, v_scale)
     if scales_ptr is None:
         tl.store(m_ptr + start + offset, round_to(m, m_ptr.dtype.element_ty), mask)
         tl.store(v_ptr + start + offset, round_to(v, v_ptr.dtype.element_ty), mask)
@@ -196,8 +196,8 @@ def gate_update_triton(
             by_value(lam),
             by_value(grad_scale),
             seed,
-            beta1,
-            beta2,
+            1.0 - beta1,
+            1.0 - beta2,
             math.log(beta1) if beta1 else -math.inf,
             math.log(beta2) if beta2 else -math.inf,
             eps,

@@ -29,8 +29,8 @@ def _prox_adamw_kernel(
     seed,
     lam2,
     reg_eps,
-    beta1,
-    beta2,
+    share1,
+    share2,
     log_beta1,
     log_beta2,
     eps,
@@ -64,7 +64,7 @@ def _prox_adamw_kernel(
     count = scalar(step)
     rate = scalar(lr)
     m_scale, v_scale = bias_corrections(count, log_beta1, log_beta2)
-    m, v, direction = adam(grad, m, v, beta1, beta2, eps, v_scale)
+    m, v, direction = adam(grad, m, v, share1, share2, eps, v_scale)
     tl.store(m_ptr + start + offset, round_to(m, m_ptr.dtype.element_ty), mask)
     tl.store(v_ptr + start + offset, round_to(v, v_ptr.dtype.element_ty), mask)
 
@@ -149,8 +149,8 @@ def prox_adamw_triton(
             seed,
             lam2,
             reg_eps,
-            beta1,
-            beta2,
+            1.0 - beta1,
+            1.0 - beta2,
             math.log(beta1) if beta1 else -math.inf,
             math.log(beta2) if beta2 else -math.inf,
             eps,

@@ -90,7 +90,8 @@ def _sparse_linear_decode_kernel(
             rows = tl.load(x_ptr + token[:, None] * K + column[None, :], exists, 0.0)
             if INTERPRETED:
                 rows, w = rows.to(tl.float32), w.to(tl.float32)
-            total = tl.dot(rows, tl.trans(w), total)
+            # "ieee" matters for fp32 alone, which would otherwise be rounded to TF32.
+            total = tl.dot(rows, tl.trans(w), total, input_precision="ieee")
     result = tl.sum(total, 1)[None, :] if TOKENS == 1 else total
     if bias_ptr is not None:
         result += tl.load(bias_ptr + row, row < N, 0.0).to(tl.float32)[None, :]

@@ -11,11 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
 import pytest
 import torch
-from pyarrow import parquet
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +21,11 @@ from proxsparse import calibration, corpus
 from proxsparse.calibration import load_calibration, read_text, to_blocks, tokenize_text
 from proxsparse.config import CalibrationConfig
 from proxsparse.errors import ProxsparseError
+
+# Sources from files and the Hub go through `datasets`, which GPU machines may lack.
+datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 _EOS = "<|end|>"
 _LINE = "the cat sat on a mat: then (it) left. x = 1.5 naïve 中文 don't"
