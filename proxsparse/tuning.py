@@ -6,7 +6,12 @@ weight made anew for the call). None is best everywhere, and a library's algorit
 wrong. So candidates are measured beside dense, and one is used in its place only if it
 
 - agrees with a float32 product as well as dense does, and with itself, run after run,
-- is at least MARGIN times as fast as dense at both ends of its range of token counts.
+- is at least MARGIN times as fast as dense.
+
+That is decided for ranges of token counts, and for the upper end of a range by itself: kernels work
+in tiles of 128 or 256 tokens, which a round count fills and the next one does not, so sparse often
+wins at 4096 tokens and loses at 3073. Two counts stand for those below the end, and the worse of
+them decides.
 
 Everything is tried in a child process: one that crashes or hangs costs that candidate, not the run.
 What was found is kept as JSON in the user's cache directory, one file per GPU and library version;
@@ -21,6 +26,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -30,7 +36,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -48,14 +54,19 @@ BUCKETS = (
 )
 EXECUTORS = ("dense", "cusparselt", "decode", "unpack")
 MARGIN = 1.03  # measured speed-up that a candidate needs to replace dense
+NUM_FINALISTS = 3  # of each executor are measured with care: quick trials are noisy
+# Below the upper end those are tried that come this close to the best one's speed-up there: a
+# smaller tile loses less than that at the end, and may win below.
+LEADERS_WITHIN = 0.75
 LIBRARY_CHOICE = -1  # an algorithm id: the library's own default
 
 # Where nothing was measured. On an H200 the library's default algorithm beats dense from 1024
-# tokens on for every shape of 4096 and more; from 256 it beats unpacking and multiplying.
+# tokens on, at powers of two, for every shape of 4096 and more; from 256 it beats unpacking and
+# multiplying.
 RULE_BEATS_DENSE_FROM = 1024
 RULE_BEATS_UNPACK_FROM = 256
 
-_FORMAT = 1  # of the table files
+_FORMAT = 2  # of the table files
 _START_SECONDS = 180.0  # a child imports torch, starts CUDA and compiles kernels
 _MEASURE_SECONDS = 60.0  # a candidate that takes longer hangs
 
@@ -75,7 +86,7 @@ class Candidate(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What is decided at once: a layer's shape and a range of token counts.
+    """What is measured at once: a layer's shape and a range of token counts.
 
     Attributes:
         n: output features.
@@ -97,6 +108,19 @@ class Cell(NamedTuple):
         index = BUCKETS.index(self.bucket)
         return BUCKETS[index - 1] + 1 if index else 1
 
+    @property
+    def interior(self) -> tuple[int, ...]:
+        """Token counts that stand for those below the bucket, the lowest first.
+
+        The lowest is the worst for tiles. The one half-way fills no whole number of them, either;
+        up to 64 tokens there is one tile or two, and the lowest alone will do.
+        """
+        if self.lowest == self.bucket:
+            return ()
+        if self.bucket <= 64:
+            return (self.lowest,)
+        return self.lowest, (self.lowest - 1 + self.bucket) // 2 + 24
+
     def __str__(self) -> str:
         bias = "bias" if self.has_bias else "no-bias"
         return f"{self.n}x{self.k} m{self.bucket} {self.dtype} {bias}"
@@ -107,69 +131,84 @@ class Timing(NamedTuple):
 
     Attributes:
         candidate: what ran.
-        seconds: at the largest token count of the cell.
-        speedup: over dense there.
-        speedup_lowest: over dense at the smallest token count.
+        seconds: of a call at the token count of `speedup`.
+        speedup: over dense, the smallest of the token counts that were measured.
     """
 
     candidate: Candidate
     seconds: float
     speedup: float
-    speedup_lowest: float
 
     @property
     def is_faster_than_dense(self) -> bool:
-        """At both ends, by MARGIN."""
-        return min(self.speedup, self.speedup_lowest) >= MARGIN
+        """By MARGIN."""
+        return self.speedup >= MARGIN
 
 
 class Record(NamedTuple):
-    """What is known of a cell: the best candidate of each executor, and what must not be used."""
+    """What is known of a cell: the best candidate of each executor, and what must not be used.
 
-    timings: dict[str, Timing]
+    Attributes:
+        top: executor -> its best where the token count is the bucket.
+        interior: executor -> its best for the token counts below; empty where there are none.
+        banned: candidate -> why.
+    """
+
+    top: dict[str, Timing]
+    interior: dict[str, Timing]
     banned: dict[str, str]
+
+    def timings(self, tokens: int) -> dict[str, Timing]:
+        """What holds for a token count of the cell."""
+        return self.top if tokens >= find_bucket(tokens) else self.interior
 
 
 def find_bucket(tokens: int) -> int:
-    """The bucket of a token count of at least 1."""
+    """The bucket of a token count of at least 1; the last one for those above it."""
     return BUCKETS[min(bisect.bisect_left(BUCKETS, tokens), len(BUCKETS) - 1)]
 
 
-def choose(record: Record | None, bucket: int, available: Collection[str]) -> Candidate:
+def choose(record: Record | None, tokens: int, available: Collection[str]) -> Candidate:
     """What a call runs on.
+
+    The answer is the same for all token counts between two buckets, and for those above the last
+    bucket the same as at the last bucket.
 
     Args:
         record: measurements of its cell, if there are any.
-        bucket: of the cell.
+        tokens: of the call.
         available: executors whose form of the weight is at hand; `unpack` always is.
 
     Returns:
         With the dense weight at hand, the fastest candidate that is faster than it by MARGIN, or
         dense; without, the fastest there is.
     """
-    measured = {} if record is None else record.timings
+    measured = {} if record is None else record.timings(tokens)
     timings = [timing for name, timing in measured.items() if name in available]
     if "dense" in available:
         if record is None:
-            return choose_by_rule(bucket, available)
+            return choose_by_rule(tokens, available)
         timings = [timing for timing in timings if timing.is_faster_than_dense]
         if not timings:
             return Candidate("dense")
     elif not timings:
-        return choose_by_rule(bucket, available)
-    return max(timings, key=lambda t: t.speedup * t.speedup_lowest).candidate
+        return choose_by_rule(tokens, available)
+    return max(timings, key=lambda timing: timing.speedup).candidate
 
 
-def choose_by_rule(bucket: int, available: Collection[str]) -> Candidate:
+def choose_by_rule(tokens: int, available: Collection[str]) -> Candidate:
     """What runs where nothing was measured: see the constants above for why.
 
     From 1024 tokens on cuSPARSELt with its default algorithm, if its form of the weight is there;
     below that dense, if the dense weight is held; if not, cuSPARSELt from 256 tokens on, the decode
     kernel where it can run, and the weight unpacked for the call between them.
+
+    This promises nothing: the default algorithm may lose to dense for narrow layers, and for token
+    counts that are no multiples of 128, above all the smaller ones. Tuning finds out.
     """
     has_dense = "dense" in available
     sparse_from = RULE_BEATS_DENSE_FROM if has_dense else RULE_BEATS_UNPACK_FROM
-    if "cusparselt" in available and bucket >= sparse_from:
+    if "cusparselt" in available and tokens >= sparse_from:
         return Candidate("cusparselt")
     if has_dense:
         return Candidate("dense")
@@ -294,22 +333,28 @@ def _read_table(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
 
 
 def _record_json(record: Record) -> dict[str, Any]:
-    best = {
-        name: {**t.candidate._asdict(), **t._asdict(), "candidate": str(t.candidate)}
-        for name, t in record.timings.items()
-    }
-    return {"best": best, "banned": record.banned}
+    def best(timings: dict[str, Timing]) -> dict[str, Any]:
+        return {
+            name: {**t.candidate._asdict(), **t._asdict(), "candidate": str(t.candidate)}
+            for name, t in timings.items()
+        }
+
+    return record._asdict() | {"top": best(record.top), "interior": best(record.interior)}
 
 
 def _parse_record(entry: dict[str, Any]) -> Record:
-    timings = {}
-    for name, fields in entry["best"].items():
-        numbers = [int(fields[field]) for field in Candidate._fields[1:]]
-        seconds = [float(fields[field]) for field in Timing._fields[1:]]
-        if name not in EXECUTORS:
-            raise ValueError(f"unknown executor {name!r}")
-        timings[name] = Timing(Candidate(name, *numbers), *seconds)
-    return Record(timings, {str(c): str(reason) for c, reason in entry["banned"].items()})
+    def best(entries: dict[str, Any]) -> dict[str, Timing]:
+        timings = {}
+        for name, fields in entries.items():
+            if name not in EXECUTORS:
+                raise ValueError(f"unknown executor {name!r}")
+            numbers = [int(fields[field]) for field in Candidate._fields[1:]]
+            measured = [float(fields[field]) for field in Timing._fields[1:]]
+            timings[name] = Timing(Candidate(name, *numbers), *measured)
+        return timings
+
+    banned = {str(candidate): str(reason) for candidate, reason in entry["banned"].items()}
+    return Record(best(entry["top"]), best(entry["interior"]), banned)
 
 
 @functools.cache
@@ -336,6 +381,8 @@ def known_speedups(
 ) -> dict[int, float]:
     """Token count -> measured speed-up over dense of what a layer runs on there; gaps left out.
 
+    Between two buckets it is the smallest of those measured there.
+
     Args:
         table: of the layer's GPU.
         n: output features.
@@ -348,12 +395,11 @@ def known_speedups(
     name = str(dtype).removeprefix("torch.")
     known = {}
     for count in tokens:
-        bucket = find_bucket(count)
-        record = table.get(Cell(n, k, bucket, name, has_bias))
+        record = table.get(Cell(n, k, find_bucket(count), name, has_bias))
         if record is None:
             continue
-        chosen = choose(record, bucket, available)
-        timing = record.timings.get(chosen.executor)
+        chosen = choose(record, count, available)
+        timing = record.timings(count).get(chosen.executor)
         if chosen.executor == "dense":
             known[count] = 1.0
         elif timing is not None:
@@ -376,16 +422,14 @@ class Outcome(NamedTuple):
             "crashed"; "hung"; "memory" (too little) and "failed" (an error elsewhere), which are
             not held against the candidate.
         detail: why, unless ok.
-        seconds: as in Timing, 0 unless ok; the speed-ups likewise.
-        speedup: over dense at the largest token count.
-        speedup_lowest: over dense at the smallest; 0 in a quick trial.
+        seconds: of a call; 0 unless ok.
+        speedup: over dense; 0 unless ok.
     """
 
     kind: str
     detail: str = ""
     seconds: float = 0.0
     speedup: float = 0.0
-    speedup_lowest: float = 0.0
 
 
 class Unmeasurable(Exception):
@@ -399,8 +443,8 @@ class Worker(Protocol):
         """What there is to try, without split-K variants; raises Unmeasurable."""
         ...
 
-    def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
-        """Verifies and times: quickly at the bucket, or finally, with care at both ends."""
+    def measure(self, cell: Cell, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
+        """Verifies and times at one token count of the cell: quickly, or finally, with care."""
         ...
 
 
@@ -460,15 +504,17 @@ def tune(
             report.num_known += 1
             continue
 
-        def measure(candidate: Candidate, is_final: bool, cell: Cell = cell) -> Outcome:
+        def measure(
+            candidate: Candidate, tokens: int, is_final: bool, cell: Cell = cell
+        ) -> Outcome:
             if clock() >= deadline:
                 raise _DeadlinePassed
-            return _measure(table, cell, candidate, is_final, worker, report)
+            return _measure(table, cell, candidate, tokens, is_final, worker, report)
 
         try:
             if clock() >= deadline:
                 raise _DeadlinePassed
-            record = _measure_cell(cell, worker.candidates(cell), measure)
+            record = _Search(cell, measure).run(worker.candidates(cell))
         except _DeadlinePassed:
             report.num_late = sum(table.get(late) is None for late in cells[done:])
             report.num_known += len(cells) - done - report.num_late
@@ -488,6 +534,7 @@ def _measure(
     table: Table,
     cell: Cell,
     candidate: Candidate,
+    tokens: int,
     is_final: bool,
     worker: Worker,
     report: Report,
@@ -496,45 +543,81 @@ def _measure(
     reason = table.ban_reason(cell.dtype, candidate)
     if reason:
         return Outcome("refused", reason)
-    outcome = worker.measure(cell, candidate, is_final)
+    outcome = worker.measure(cell, candidate, tokens, is_final)
     if outcome.kind in ("crashed", "hung"):
-        reason = f"{outcome.kind} at {cell}: {outcome.detail}"
+        reason = f"{outcome.kind} at {tokens} tokens of {cell}: {outcome.detail}"
         table.ban(cell.dtype, candidate, reason)
         report.banned[f"{cell.dtype} {candidate}"] = reason
     return outcome
 
 
-def _measure_cell(
-    cell: Cell, candidates: Sequence[Candidate], measure: Callable[[Candidate, bool], Outcome]
-) -> Record:
-    """The best of each executor, by a quick trial of all and a careful one of the best."""
-    quick: dict[Candidate, Outcome] = {}
-    banned: dict[str, str] = {}
+class _Search:
+    """Looks for the best candidates of one cell.
 
-    def attempt(candidate: Candidate, is_final: bool) -> Outcome:
-        outcome = measure(candidate, is_final)
+    All have a quick trial at the bucket, and the leaders another at the lowest token count; the
+    first of either ranking are measured with care, and the best of those is kept.
+    """
+
+    def __init__(self, cell: Cell, measure: Callable[[Candidate, int, bool], Outcome]) -> None:
+        self._cell, self._measure = cell, measure
+        self._banned: dict[str, str] = {}
+        # Wrong or fatal at one token count, and so not trusted at the others.
+        self._unfit: set[Candidate] = set()
+
+    def run(self, candidates: Iterable[Candidate]) -> Record:
+        """What is found; raises Unmeasurable where the failure is no candidate's."""
+        cell = self._cell
+        quick = self._try_all(candidates, cell.bucket)
+        best = self._rank(quick, "cusparselt")[:2]
+        quick |= self._try_all(split_variants(cell, best), cell.bucket)
+        below: list[Timing] = []
+        if cell.interior:
+            fastest = {c.executor: quick[c] for c in sorted(quick, key=lambda c: quick[c])}
+            leaders = [c for c in quick if quick[c] >= LEADERS_WITHIN * fastest[c.executor]]
+            below = self._finalists(self._try_all(leaders, cell.lowest), cell.interior)
+        top = self._finalists(quick, (cell.bucket,))
+        return Record(self._best(top), self._best(below), self._banned)
+
+    def _attempt(self, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
+        outcome = self._measure(candidate, tokens, is_final)
         if outcome.kind in ("memory", "failed"):
             raise Unmeasurable(f"{candidate}: {outcome.detail}")
+        if outcome.kind in ("wrong", "crashed", "hung"):
+            self._unfit.add(candidate)
         if outcome.kind == "wrong":
-            banned[str(candidate)] = outcome.detail
+            self._banned[str(candidate)] = outcome.detail
         return outcome
 
-    def ranked(executor: str) -> list[Candidate]:
-        ok = [c for c, o in quick.items() if c.executor == executor and o.kind == "ok"]
-        return sorted(ok, key=lambda c: -quick[c].speedup)
+    def _try_all(self, candidates: Iterable[Candidate], tokens: int) -> dict[Candidate, float]:
+        """The speed-ups of those that work, by quick trials."""
+        outcomes = {candidate: self._attempt(candidate, tokens, False) for candidate in candidates}
+        return {c: outcome.speedup for c, outcome in outcomes.items() if outcome.kind == "ok"}
 
-    for candidate in candidates:
-        quick[candidate] = attempt(candidate, False)
-    for candidate in split_variants(cell, ranked("cusparselt")[:2]):
-        quick[candidate] = attempt(candidate, False)
-    timings = {}
-    for executor in dict.fromkeys(candidate.executor for candidate in candidates):
-        for candidate in ranked(executor):
-            outcome = attempt(candidate, True)
-            if outcome.kind == "ok":
-                timings[executor] = Timing(candidate, *outcome[2:])
-                break
-    return Record(timings, banned)
+    def _rank(self, quick: dict[Candidate, float], executor: str) -> list[Candidate]:
+        ranked = sorted(quick, key=lambda candidate: -quick[candidate])
+        return [c for c in ranked if c.executor == executor and c not in self._unfit]
+
+    def _finalists(self, quick: dict[Candidate, float], counts: Sequence[int]) -> list[Timing]:
+        """The first of each executor, each as fast as at the worst of the token counts."""
+        finalists: list[Timing] = []
+        for executor in dict.fromkeys(candidate.executor for candidate in quick):
+            timings = self._time_with_care(self._rank(quick, executor), counts)
+            finalists += itertools.islice(timings, NUM_FINALISTS)
+        return finalists
+
+    def _time_with_care(
+        self, candidates: Iterable[Candidate], counts: Sequence[int]
+    ) -> Iterator[Timing]:
+        for candidate in candidates:
+            outcomes = [self._attempt(candidate, tokens, True) for tokens in counts]
+            if all(outcome.kind == "ok" for outcome in outcomes):
+                worst = min(outcomes, key=lambda outcome: outcome.speedup)
+                yield Timing(candidate, worst.seconds, worst.speedup)
+
+    def _best(self, finalists: Iterable[Timing]) -> dict[str, Timing]:
+        fit = [timing for timing in finalists if timing.candidate not in self._unfit]
+        fit.sort(key=lambda timing: timing.speedup)
+        return {timing.candidate.executor: timing for timing in fit}  # the last of each stays
 
 
 def split_variants(cell: Cell, best: Iterable[Candidate]) -> list[Candidate]:
@@ -610,9 +693,15 @@ class ChildWorker:
             raise Unmeasurable(answer["problem"])
         return [Candidate(*fields) for fields in answer["candidates"]]
 
-    def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
+    def measure(self, cell: Cell, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
         """The child's verdict, or that it did not survive it."""
-        request = {"do": "measure", "cell": cell, "candidate": candidate, "final": is_final}
+        request = {
+            "do": "measure",
+            "cell": cell,
+            "candidate": candidate,
+            "tokens": tokens,
+            "final": is_final,
+        }
         try:
             if self._process is None:  # the last trial broke it
                 self._start()

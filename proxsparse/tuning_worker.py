@@ -10,6 +10,7 @@ for the culprit. Everything else that goes wrong is answered.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -30,8 +31,11 @@ from proxsparse.tuning import Candidate, Cell, Outcome
 _TOLERANCE = 1.1
 _LARGEST_TOLERANCE = 4.0
 _REPEATS = 3  # runs that must agree bit for bit
-_QUICK_ROUNDS, _FINAL_ROUNDS = 5, 15
-_ROUND_SECONDS = 2e-3  # of GPU work, at least, that one round times
+# A round times candidate and dense, in turn; the ratio of each round is one sample. Many short ones
+# are better than few long ones: the clock of a GPU at its power limit changes within milliseconds.
+_QUICK_ROUNDS, _FINAL_ROUNDS, _FEWEST_ROUNDS = 7, 15, 3
+_ROUND_SECONDS = 1e-3  # of GPU work, at least, for each of the two
+_LONG_SECONDS = 5e-3  # longer replays of all weights get fewer rounds
 _MAX_WEIGHTS = 64
 
 
@@ -45,6 +49,15 @@ class _Weight:
     compressed: Tensor
 
 
+@dataclasses.dataclass
+class _Dense:
+    """What candidates are compared with at one token count."""
+
+    graph: torch.cuda.CUDAGraph
+    error: float
+    largest: float
+
+
 class Bench:
     """Data of the current cell on one GPU, and the trials."""
 
@@ -54,8 +67,10 @@ class Bench:
         self._cell: Cell | None = None
         self._weights: list[_Weight] = []
         self._bias: Tensor | None = None
-        self._inputs: dict[int, Tensor] = {}
-        self._exact: dict[int, tuple[Tensor, float, float]] = {}
+        # For the bucket, and with their first rows for the counts below: x, and what it gives with
+        # the first weight in float32.
+        self._x = self._exact = torch.empty(0)
+        self._dense: dict[int, _Dense] = {}
 
     def candidates(self, cell: Cell) -> list[Candidate]:
         """What there is to try for the cell, without split-K variants."""
@@ -76,28 +91,25 @@ class Bench:
         ids = (tuning.LIBRARY_CHOICE, *range(count))
         return found + [Candidate("cusparselt", algorithm) for algorithm in ids]
 
-    def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
-        """Verifies a candidate and times it beside dense, at one end of the cell or at both."""
+    def measure(self, cell: Cell, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
+        """Verifies a candidate and times it beside dense, at one token count of the cell."""
         self._prepare(cell)
         weight = self._weights[0]
         run = backend_cuda.executor(
             candidate, self._device, weight.dense.dtype, cell.n, cell.k, self._bias
         )
-        ends = [cell.bucket, cell.lowest] if is_final else [cell.bucket]
-        for tokens in ends:
-            wrong = self._check(run, tokens)
-            if wrong:
-                return Outcome("wrong", wrong)
+        wrong = self._check(run, tokens)
+        if wrong:
+            return Outcome("wrong", wrong)
         rounds = _FINAL_ROUNDS if is_final else _QUICK_ROUNDS
-        timed = [self._time(run, tokens, rounds) for tokens in ends]
-        speedups = [dense / seconds for seconds, dense in timed]
-        return Outcome("ok", "", timed[0][0], speedups[0], speedups[1] if is_final else 0.0)
+        return Outcome("ok", "", *self._time(run, tokens, rounds))
 
     def _prepare(self, cell: Cell) -> None:
         """Makes the cell's data; weights are kept from one cell to the next of the same shape."""
         if cell == self._cell:
             return
-        self._cell, self._inputs, self._exact = None, {}, {}
+        self._cell, self._dense = None, {}
+        self._x = self._exact = torch.empty(0)
         dtype: torch.dtype = getattr(torch, cell.dtype)
         device = torch.device("cuda", self._device)
         generator = torch.Generator(device).manual_seed(0)
@@ -113,68 +125,74 @@ class Bench:
             count = min(_MAX_WEIGHTS, max(2, math.ceil(2 * cache / (1.125 * cell.n * cell.k))))
             for _ in range(count):
                 w = ops.project_2to4((randn(cell.n, cell.k) / math.sqrt(cell.k)).to(dtype))
-                self._weights.append(_Weight(w, *ops.pack_2to4(w), ops.compress_2to4(w)))
+                # As SparseLinear holds it.
+                values, codes, compressed = ops.lay_out_2to4(*ops.pack_2to4(w))
+                if compressed is None:
+                    compressed = ops.compress_2to4(w)
+                self._weights.append(_Weight(w, values, codes, compressed))
             self._shape = shape
         self._bias = randn(cell.n).to(dtype) if cell.has_bias else None
-        for tokens in {cell.bucket, cell.lowest}:
-            self._inputs[tokens] = randn(tokens, cell.k).to(dtype)
+        self._x = randn(cell.bucket, cell.k).to(dtype)
+        bias = None if self._bias is None else self._bias.float()
+        weight = self._weights[0].dense.float()
+        self._exact = torch.nn.functional.linear(self._x.float(), weight, bias)
         self._cell = cell
 
     def _call(self, run: Callable[..., Tensor], x: Tensor, weight: _Weight) -> Tensor:
         forms = weight.values, weight.codes, self._bias, weight.compressed, weight.dense
         return run(x, *forms)
 
-    def _run_dense(self, x: Tensor, weight: _Weight) -> Tensor:
-        return torch.nn.functional.linear(x, weight.dense, self._bias)
+    def _dense_at(self, tokens: int) -> _Dense:
+        """Dense at a token count, from its first trial on."""
+        if tokens not in self._dense:
+            x = self._x[:tokens]
+
+            def run(weight: _Weight) -> Tensor:
+                return torch.nn.functional.linear(x, weight.dense, self._bias)
+
+            errors = _errors(run(self._weights[0]), self._exact[:tokens])
+            self._dense[tokens] = _Dense(_capture(run, self._weights), *errors)
+        return self._dense[tokens]
 
     def _check(self, run: Callable[..., Tensor], tokens: int) -> str:
         """What is wrong with a candidate's numbers; empty when they are as good as dense's."""
-        x, weight = self._inputs[tokens], self._weights[0]
-        if tokens not in self._exact:
-            bias = None if self._bias is None else self._bias.float()
-            exact = torch.nn.functional.linear(x.float(), weight.dense.float(), bias)
-            self._exact[tokens] = (exact, *_errors(self._run_dense(x, weight), exact))
-        exact, dense_error, dense_largest = self._exact[tokens]
+        x, exact, dense = self._x[:tokens], self._exact[:tokens], self._dense_at(tokens)
         results = []
         for _ in range(_REPEATS):
             # The allocator hands this memory to the candidate: an entry left unwritten shows.
             torch.full(
                 (-(-tokens // 8) * 8, exact.shape[1]), math.nan, dtype=x.dtype, device=x.device
             )
-            results.append(self._call(run, x, weight))
+            results.append(self._call(run, x, self._weights[0]))
         error, largest = _errors(results[0], exact)
         # In this form a NaN is wrong, too.
         if not (
-            error <= _TOLERANCE * dense_error and largest <= _LARGEST_TOLERANCE * dense_largest
+            error <= _TOLERANCE * dense.error and largest <= _LARGEST_TOLERANCE * dense.largest
         ):
             return (
-                f"at {tokens} tokens its relative error is {error:.2g} (dense {dense_error:.2g}), "
-                f"its largest {largest:.2g} (dense {dense_largest:.2g})"
+                f"at {tokens} tokens its relative error is {error:.2g} (dense {dense.error:.2g}), "
+                f"its largest {largest:.2g} (dense {dense.largest:.2g})"
             )
         if any(not torch.equal(result, results[0]) for result in results):
             return f"at {tokens} tokens its results differ from run to run"
         return ""
 
     def _time(self, run: Callable[..., Tensor], tokens: int, rounds: int) -> tuple[float, float]:
-        """Median seconds of a call of the candidate and of dense, timed in turn.
+        """Seconds of a call of the candidate and its speed-up over dense: medians of rounds.
 
-        Calls are replayed from CUDA graphs, one call for each weight.
+        The speed-up is the median of the ratios, not the ratio of the medians: the two times of a
+        round meet the same clock of the GPU, those of different rounds need not. Calls are replayed
+        from CUDA graphs, one call for each weight.
         """
-        x = self._inputs[tokens]
-        runs: list[Callable[[_Weight], Tensor]] = [
-            lambda weight: self._call(run, x, weight),
-            lambda weight: self._run_dense(x, weight),
-        ]
-        graphs = [_capture(one, self._weights) for one in runs]
-        once = [_time_graph(graph, 1) / len(self._weights) for graph in graphs]
-        per_replay = max(once) * len(self._weights)
-        replays = max(1, math.ceil(_ROUND_SECONDS / per_replay))
-        seconds: list[list[float]] = [[], []]
-        for _ in range(rounds):
-            for graph, kept in zip(graphs, seconds, strict=True):
-                kept.append(_time_graph(graph, replays) / (replays * len(self._weights)))
-        candidate, dense = map(statistics.median, seconds)
-        return candidate, dense
+        x, dense = self._x[:tokens], self._dense_at(tokens).graph
+        candidate = _capture(lambda weight: self._call(run, x, weight), self._weights)
+        ((first, second),) = _time_in_turn(candidate, dense, 1, 1)
+        longest = max(first, second)
+        replays = math.ceil(_ROUND_SECONDS / longest)
+        rounds = max(_FEWEST_ROUNDS, min(rounds, int(rounds * _LONG_SECONDS / longest)))
+        times = _time_in_turn(candidate, dense, replays, rounds)
+        seconds = statistics.median(own for own, _ in times) / (replays * len(self._weights))
+        return seconds, statistics.median(other / own for own, other in times)
 
 
 def _errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -201,19 +219,29 @@ def _capture(run: Callable[[_Weight], Tensor], weights: Sequence[_Weight]) -> to
     return graph
 
 
-def _time_graph(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    """Seconds of some replays, on the GPU's clock."""
-    before, after = (
+def _time_in_turn(
+    first: torch.cuda.CUDAGraph, second: torch.cuda.CUDAGraph, replays: int, rounds: int
+) -> list[tuple[float, float]]:
+    """Seconds of some replays of either graph, round by round, on the GPU's clock.
+
+    Everything is queued at once, so that the GPU is never idle, and every other round runs
+    backwards, so that a clock that drifts favours neither.
+    """
+    marks = [
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        for _ in range(2)
-    )
-    before.record()
-    for _ in range(replays):
-        graph.replay()
-    after.record()
-    after.synchronize()
-    milliseconds: float = before.elapsed_time(after)
-    return milliseconds / 1e3
+        for _ in range(2 * rounds + 1)
+    ]
+    marks[0].record()
+    for index, mark in enumerate(marks[1:]):
+        # first, second, second, first, and again
+        graph = first if index % 4 in (0, 3) else second
+        for _ in range(replays):
+            graph.replay()
+        mark.record()
+    marks[-1].synchronize()
+    spans = [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
+    pairs = zip(spans[::2], spans[1::2], strict=True)
+    return [(b, a) if turn % 2 else (a, b) for turn, (a, b) in enumerate(pairs)]
 
 
 def answer(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +251,7 @@ def answer(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "candidates":
             return {"candidates": bench.candidates(cell)}
         candidate = Candidate(*request["candidate"])
-        return bench.measure(cell, candidate, request["final"])._asdict()
+        return bench.measure(cell, candidate, request["tokens"], request["final"])._asdict()
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         kind, detail = "memory", str(error).splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,25 +35,44 @@ def library(algorithm: int, split_k: int = 1, mode: int = 0) -> Candidate:
 
 
 def record(**speedups: tuple[float, float]) -> Record:
-    return Record({name: Timing(Candidate(name), 1e-5, *s) for name, s in speedups.items()}, {})
+    """By executor the speed-ups at the top and below it."""
+    top, interior = (
+        {name: Timing(Candidate(name), 1e-5, both[part]) for name, both in speedups.items()}
+        for part in (0, 1)
+    )
+    return Record(top, interior, {})
 
 
 class FakeWorker:
-    """Speed-ups by candidate, or outcomes; a candidate it has not heard of is refused."""
+    """Speed-ups or outcomes by candidate; what it has not heard of is refused.
 
-    def __init__(self, outcomes: dict[Candidate, float | Outcome]) -> None:
+    A function is called with the token count and whether the trial is final.
+    """
+
+    def __init__(
+        self,
+        outcomes: dict[Candidate, float | Outcome | Callable[[int, bool], float | Outcome]],
+    ) -> None:
         self.outcomes = outcomes
-        self.tried: list[tuple[Candidate, bool]] = []
+        self.tried: list[tuple[Candidate, int, bool]] = []
 
     def candidates(self, cell: Cell) -> list[Candidate]:
         return [c for c in self.outcomes if c.split_k == 1]
 
-    def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
-        self.tried.append((candidate, is_final))
+    def measure(self, cell: Cell, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
+        assert tokens in (cell.bucket, *cell.interior)
+        self.tried.append((candidate, tokens, is_final))
         outcome = self.outcomes.get(candidate, Outcome("refused", "unheard of"))
+        if callable(outcome):
+            outcome = outcome(tokens, is_final)
         if isinstance(outcome, Outcome):
             return outcome
-        return Outcome("ok", "", 1e-5 / outcome, outcome, outcome - 0.1 if is_final else 0.0)
+        return Outcome("ok", "", 1e-5 / outcome, outcome)
+
+
+def at_top(top: float, below: float) -> Callable[[int, bool], float]:
+    """A speed-up at CELL's bucket, and another at the counts below."""
+    return lambda tokens, _: top if tokens == CELL.bucket else below
 
 
 def tune(worker: tuning.Worker, *cells: Cell, into: Table | None = None) -> tuning.Report:
@@ -72,38 +92,53 @@ def test_buckets_are_ranges_without_gaps() -> None:
     assert tuning.find_bucket(10**6) == BUCKETS[-1]
 
 
+def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None:
+    for bucket in BUCKETS:
+        cell = CELL._replace(bucket=bucket)
+        assert all(tuning.find_bucket(tokens) == bucket > tokens for tokens in cell.interior)
+        assert cell.interior[:1] == ((cell.lowest,) if bucket > 1 else ())
+        middle = cell.interior[1:]
+        assert len(middle) == (bucket >= 128)
+        assert all(tokens % 8 == 0 and tokens % 128 for tokens in middle)
+
+
 @pytest.mark.parametrize(
-    ("bucket", "available", "expected"),
+    ("tokens", "available", "expected"),
     [
         (16, ALL, "dense"),
         (768, ALL, "dense"),
+        (1023, ALL, "dense"),
         (1024, ALL, "cusparselt"),
         (1024, ("dense", "unpack"), "dense"),
         (16384, ("unpack",), "unpack"),
         (128, ("cusparselt", "unpack"), "unpack"),
+        (255, ("cusparselt", "unpack"), "unpack"),
         (256, ("cusparselt", "unpack"), "cusparselt"),
     ],
 )
 def test_the_rule_where_nothing_was_measured(
-    bucket: int, available: tuple[str, ...], expected: str
+    tokens: int, available: tuple[str, ...], expected: str
 ) -> None:
-    assert tuning.choose(None, bucket, available) == Candidate(expected)
+    assert tuning.choose(None, tokens, available) == Candidate(expected)
 
 
 @pytest.mark.parametrize(
-    ("speedups", "expected"),
+    ("speedups", "at_bucket", "below"),
     [
-        ((1.5, 1.4), "cusparselt"),
-        ((1.02, 1.02), "dense"),  # within the margin
-        ((1.6, 0.9), "dense"),  # slower at the lower end of the range
-        ((0.9, 1.6), "dense"),
+        ((1.5, 1.4), "cusparselt", "cusparselt"),
+        ((1.02, 1.02), "dense", "dense"),  # within the margin
+        ((1.43, 0.997), "cusparselt", "dense"),
+        ((0.9, 1.6), "dense", "cusparselt"),
     ],
 )
-def test_dense_is_replaced_only_by_what_is_faster_everywhere(
-    speedups: tuple[float, float], expected: str
+def test_dense_is_replaced_only_where_something_is_faster(
+    speedups: tuple[float, float], at_bucket: str, below: str
 ) -> None:
     known = record(cusparselt=speedups, unpack=(0.5, 0.5))
-    assert tuning.choose(known, 1024, ALL).executor == expected
+    assert tuning.choose(known, 1024, ALL).executor == at_bucket
+    for tokens in (769, 800, 1023):
+        assert tuning.choose(known, tokens, ALL).executor == below
+    assert tuning.choose(known, 10**6, ALL).executor == at_bucket, "above all buckets"
 
 
 def test_without_the_dense_weight_the_fastest_form_runs() -> None:
@@ -113,7 +148,7 @@ def test_without_the_dense_weight_the_fastest_form_runs() -> None:
 
 
 def test_measured_but_unusable_leaves_dense() -> None:
-    assert tuning.choose(Record({}, {}), 4096, ALL) == Candidate("dense")
+    assert tuning.choose(Record({}, {}, {}), 4096, ALL) == Candidate("dense")
     known = record(decode=(1.7, 1.7))
     assert tuning.choose(known, 16, ALL) == Candidate("dense"), "decode is not built here"
 
@@ -130,6 +165,8 @@ def test_known_speedups_are_those_of_what_runs() -> None:
     assert tuning.known_speedups(*shape, {"dense", "decode"}) == {16: 1.5, 4096: 1.0}
     assert tuning.known_speedups(*shape, {"dense", "cusparselt"}) == {16: 1.0, 4096: 1.6}
     assert tuning.known_speedups(*shape, {"decode"}) == {16: 1.5}
+    below = (known, 64, 64, torch.bfloat16, False, (9, 4000, 300))
+    assert tuning.known_speedups(*below, {"dense", "decode", "cusparselt"}) == {9: 1.4, 4000: 1.5}
 
 
 def test_the_best_verified_candidate_is_kept() -> None:
@@ -137,19 +174,75 @@ def test_the_best_verified_candidate_is_kept() -> None:
     known = table()
     report = tune(worker, into=known)
     assert report.num_measured == 1 and not report.banned and not report.problems
-    timings = known.get(CELL).timings
-    assert timings["cusparselt"].candidate == library(1)
-    assert (timings["cusparselt"].speedup, timings["cusparselt"].speedup_lowest) == (1.5, 1.4)
-    finals = [candidate for candidate, is_final in worker.tried if is_final]
-    assert finals == [Candidate("unpack"), library(1)], "only the best is measured with care"
+    found = known.get(CELL)
+    for timings in (found.top, found.interior):
+        assert timings["cusparselt"] == Timing(library(1), 1e-5 / 1.5, 1.5)
+        assert timings["unpack"].candidate == Candidate("unpack")
+
+
+def test_the_top_may_win_where_the_counts_below_lose() -> None:
+    known = table()
+    tune(FakeWorker({Candidate("unpack"): 0.5, library(0): at_top(1.43, 0.997)}), into=known)
+    assert tuning.choose(known.get(CELL), 1024, ALL) == library(0)
+    assert tuning.choose(known.get(CELL), 1016, ALL) == Candidate("dense")
+
+
+def test_the_top_and_the_counts_below_have_candidates_of_their_own() -> None:
+    worker = FakeWorker(
+        {library(0): at_top(1.5, 1.1), library(1): at_top(1.3, 1.2), library(2): at_top(0.9, 1.9)}
+    )
+    known = table()
+    tune(worker, into=known)
+    assert tuning.choose(known.get(CELL), 1024, ALL) == library(0)
+    assert tuning.choose(known.get(CELL), 1000, ALL) == library(1)
+    below = {candidate for candidate, tokens, _ in worker.tried if tokens < 1024}
+    assert library(2) not in below, "too far behind at the top to be tried again"
+    again = table()
+    assert again.get(CELL) == known.get(CELL), "on disk, too"
+
+
+def test_below_the_top_the_worst_count_decides() -> None:
+    lowest, middle = CELL.interior
+    worker = FakeWorker(
+        {
+            library(0): lambda tokens, _: {lowest: 1.5, middle: 1.0}.get(tokens, 1.5),
+            library(1): lambda tokens, _: {lowest: 1.2, middle: 1.3}.get(tokens, 1.4),
+        }
+    )
+    known = table()
+    tune(worker, into=known)
+    assert known.get(CELL).top["cusparselt"].candidate == library(0)
+    assert known.get(CELL).interior["cusparselt"] == Timing(library(1), 1e-5 / 1.2, 1.2)
+
+
+def test_one_token_is_a_range_of_its_own() -> None:
+    known, cell = table(), CELL._replace(bucket=1)
+    tune(FakeWorker({library(0): 1.2}), cell, into=known)
+    assert known.get(cell).top and not known.get(cell).interior
+
+
+def test_finalists_reorder_the_quick_ranking() -> None:
+    quick = {0: 1.6, 1: 1.5, 2: 1.4, 3: 1.3}
+    final = {0: 1.1, 1: 1.2, 2: 1.35, 3: 1.9}
+
+    def speedup(algorithm: int) -> Callable[[int, bool], float]:
+        return lambda _, is_final: (final if is_final else quick)[algorithm]
+
+    worker = FakeWorker({library(algorithm): speedup(algorithm) for algorithm in quick})
+    known = table()
+    tune(worker, into=known)
+    finalists = {candidate.algorithm for candidate, _, is_final in worker.tried if is_final}
+    assert finalists == {0, 1, 2}, "the first three"
+    for timings in (known.get(CELL).top, known.get(CELL).interior):
+        assert timings["cusparselt"] == Timing(library(2), 1e-5 / 1.35, 1.35)
 
 
 def test_splits_of_the_best_algorithms_are_tried() -> None:
     worker = FakeWorker({library(0): 1.1, library(1): 1.3, library(2): 1.2, library(2, 4, 1): 1.4})
     known = table()
     tune(worker, into=known)
-    assert known.get(CELL).timings["cusparselt"].candidate == library(2, 4, 1)
-    split = {c.algorithm for c, _ in worker.tried if c.split_k != 1}
+    assert known.get(CELL).top["cusparselt"].candidate == library(2, 4, 1)
+    split = {c.algorithm for c, *_ in worker.tried if c.split_k != 1}
     assert split == {1, 2}, "the two best"
 
 
@@ -164,22 +257,37 @@ def test_a_wrong_candidate_is_banned_and_the_next_one_taken() -> None:
     worker = FakeWorker({library(0): 1.2, library(1): wrong})
     known = table()
     report = tune(worker, into=known)
-    assert known.get(CELL).timings["cusparselt"].candidate == library(0)
+    assert known.get(CELL).top["cusparselt"].candidate == library(0)
     assert known.get(CELL).banned == {"cusparselt 1/1/0": "relative error 0.3"}
     assert list(report.banned) == [f"{CELL}: cusparselt 1/1/0"]
 
 
-def test_a_candidate_that_is_wrong_at_the_other_end_is_not_kept() -> None:
-    class WrongAtLast(FakeWorker):
-        def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
-            outcome = super().measure(cell, candidate, is_final)
-            bad = is_final and candidate == library(1)
-            return Outcome("wrong", "at 769 tokens") if bad else outcome
-
+@pytest.mark.parametrize("tokens", [CELL.bucket, *CELL.interior])
+@pytest.mark.parametrize("kind", ["wrong", "crashed"])
+def test_a_candidate_that_fails_at_one_count_is_not_kept_for_any(kind: str, tokens: int) -> None:
+    bad = Outcome(kind, "at one count")
+    worker = FakeWorker(
+        {
+            library(0): 1.2,
+            library(1): lambda count, is_final: bad if is_final and count == tokens else 1.5,
+        }
+    )
     known = table()
-    tune(WrongAtLast({library(0): 1.2, library(1): 1.5}), into=known)
-    assert known.get(CELL).timings["cusparselt"].candidate == library(0)
-    assert "cusparselt 1/1/0" in known.get(CELL).banned
+    report = tune(worker, into=known)
+    for timings in (known.get(CELL).top, known.get(CELL).interior):
+        assert timings["cusparselt"].candidate == library(0)
+    assert any("cusparselt 1/1/0" in name for name in report.banned)
+
+
+def test_a_candidate_that_is_refused_below_the_top_is_kept_at_the_top() -> None:
+    refused = Outcome("refused", "not for odd counts")
+    worker = FakeWorker(
+        {library(0): 1.2, library(1): lambda tokens, _: 1.5 if tokens == 1024 else refused}
+    )
+    known = table()
+    tune(worker, into=known)
+    assert known.get(CELL).top["cusparselt"].candidate == library(1)
+    assert known.get(CELL).interior["cusparselt"].candidate == library(0)
 
 
 @pytest.mark.parametrize("kind", ["crashed", "hung"])
@@ -190,7 +298,7 @@ def test_what_breaks_the_child_is_banned_for_the_dtype(kind: str) -> None:
     other = CELL._replace(n=8192)
     report = tune(worker, CELL, other, CELL._replace(dtype="float16"), into=known)
     assert report.num_measured == 3
-    tries = [candidate for candidate, _ in worker.tried].count(library(1))
+    tries = [candidate for candidate, *_ in worker.tried].count(library(1))
     assert tries == 2, "once for each dtype"
     assert "illegal instruction" in table().ban_reason("bfloat16", library(1)), "on disk"
 
@@ -208,10 +316,10 @@ def test_the_deadline_keeps_what_was_finished() -> None:
     now = 0.0
 
     class Slow(FakeWorker):
-        def measure(self, cell: Cell, candidate: Candidate, is_final: bool) -> Outcome:
+        def measure(self, cell: Cell, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
             nonlocal now
             now += 10.0
-            return super().measure(cell, candidate, is_final)
+            return super().measure(cell, candidate, tokens, is_final)
 
     cells = [CELL._replace(bucket=bucket) for bucket in (2048, 4096, 8192)]
     known = table()
@@ -219,7 +327,7 @@ def test_the_deadline_keeps_what_was_finished() -> None:
         known,
         cells,
         Slow({Candidate("unpack"): 0.5}),
-        seconds=30.0,
+        seconds=80.0,  # a cell takes five trials
         clock=lambda: now,
         show_progress=False,
     )
@@ -243,7 +351,7 @@ def test_a_table_survives_the_process(cache: Path) -> None:
     assert [path.name for path in cache.glob("*.json")] == ["nvidia-h200-cusparselt-0.8.1.json"]
     again = table()
     assert len(again) == 1
-    assert again.get(CELL).timings["cusparselt"].candidate == library(3)
+    assert again.get(CELL).top["cusparselt"].candidate == library(3)
     assert again.get(CELL).banned == {"cusparselt 1/1/0": "off"}
     assert len(Table("NVIDIA H100", "0.8.1")) == len(Table("NVIDIA H200", "0.10.0")) == 0
 
@@ -266,8 +374,8 @@ def test_the_users_table_goes_over_the_one_that_ships(
     assert len(json.loads(own.path.read_text())["cells"]) == 2, "what shipped is not copied"
     again = table()
     assert len(again) == 3
-    assert again.get(CELL).timings["cusparselt"].speedup == 1.4
-    assert again.get(other).timings["cusparselt"].speedup == 1.2
+    assert again.get(CELL).top["cusparselt"].speedup == 1.4
+    assert again.get(other).top["cusparselt"].speedup == 1.2
 
 
 @pytest.mark.parametrize(
@@ -277,8 +385,9 @@ def test_the_users_table_goes_over_the_one_that_ships(
         "{",
         "[]",
         '{"format": 99, "cells": {}, "banned": {}}',
-        '{"format": 1, "cells": {"a": 1}}',
-        '{"format": 1, "banned": {}, "cells": {"a": {"best": {"abacus": {}}, "banned": {}}}}',
+        '{"format": 1, "cells": {}, "banned": {}}',
+        '{"format": 2, "cells": {"a": 1}}',
+        '{"format": 2, "banned": {}, "cells": {"a": {"banned": {}, "top": {"abacus": {}}}}}',
     ],
 )
 def test_a_damaged_table_is_ignored_with_a_warning_and_written_anew(
@@ -353,7 +462,7 @@ for line in sys.stdin:
             os._exit(3)
         if algorithm == 8:
             time.sleep(60)
-        answer = {"kind": "ok", "seconds": 1e-5, "speedup": 2.0 + algorithm, "speedup_lowest": 2.0}
+        answer = {"kind": "ok", "seconds": 1e-5, "speedup": 2.0 + algorithm}
         if algorithm == 9:
             answer = {"kind": "refused", "detail": "not supported"}
     print(json.dumps(answer), flush=True)
@@ -380,7 +489,7 @@ def test_a_child_that_crashes_or_hangs_costs_the_candidate_only(
     assert "crashed" in banned["bfloat16 cusparselt 7/1/0"]
     assert "exit code 3: illegal instruction" in banned["bfloat16 cusparselt 7/1/0"]
     assert "no answer within 1 s" in banned["bfloat16 cusparselt 8/1/0"]
-    timings = known.get(CELL._replace(bucket=4096, n=384)).timings
+    timings = known.get(CELL._replace(bucket=4096, n=384)).top
     assert timings["cusparselt"].candidate == library(0)
 
 
@@ -406,3 +515,36 @@ def test_what_the_child_cannot_set_up_is_a_problem(
     code = "print('{}', flush=True); input(); print('{\"problem\": \"out of memory\"}', flush=True)"
     with make_child(code, start_seconds=20.0) as worker:
         assert tune(worker).problems == {str(CELL): "out of memory"}
+
+
+# -- the clock
+
+
+class Clock:
+    """A GPU that slows down as it works: stands in for an event and for two graphs."""
+
+    now = 0.0
+
+    def __init__(self, seconds: float = 0.0, **_: bool) -> None:
+        self.seconds = seconds
+
+    def record(self) -> None:
+        self.seconds = Clock.now
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: Clock) -> float:
+        return 1e3 * (other.seconds - self.seconds)
+
+    def replay(self) -> None:
+        Clock.now += self.seconds * (1 + Clock.now)
+
+
+def test_a_clock_that_drifts_favours_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = pytest.importorskip("proxsparse.tuning_worker", reason="the extension was not built")
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    times = worker._time_in_turn(Clock(1e-2), Clock(2e-2), 2, 9)
+    assert len(times) == 9 and times[-1][0] > 1.5 * times[0][0]
+    ratios = [second / first for first, second in times]
+    assert min(ratios) < 2 < max(ratios)
+    assert statistics.fmean(ratios) == pytest.approx(2, rel=0.01)
