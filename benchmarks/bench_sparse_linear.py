@@ -29,6 +29,7 @@ from harness import copy_bandwidth, describe_run, results_directory, time_once
 from torch import Tensor
 
 from proxsparse import ops, tuning
+from proxsparse.sparse_linear import SparseLinear
 
 # (N, K, has_bias) of the layers of a block; q, k and v of a model share K, gate and up are alike.
 MODELS = {
@@ -59,12 +60,10 @@ MAX_ALGORITHMS = 64  # tried for PyTorch's path; its library has fewer
 
 @dataclasses.dataclass
 class Weight:
-    """One 2:4 weight in the forms of all backends; `theirs` is PyTorch's."""
+    """One 2:4 weight as the layers that are compared; `theirs` is PyTorch's form of it."""
 
-    dense: Tensor
-    values: Tensor
-    codes: Tensor
-    compressed: Tensor
+    linear: torch.nn.Linear
+    sparse: SparseLinear
     theirs: Tensor
 
 
@@ -86,13 +85,12 @@ class Case:
         return f"{self.n}x{self.k}{' bias' if self.has_bias else ''}"
 
     def dense(self, weight: Weight) -> Tensor:
-        """Runs cuBLAS on the same weight with its zeros."""
-        return torch.nn.functional.linear(self.x, weight.dense, self.bias)
+        """Runs nn.Linear, which is cuBLAS, on the same weight with its zeros."""
+        return weight.linear(self.x)
 
     def ours(self, weight: Weight) -> Tensor:
-        """What the backend chooses, with every form of the weight at hand."""
-        forms = weight.values, weight.codes, self.bias, weight.compressed, weight.dense
-        return SPARSE_LINEAR(self.x, *forms)
+        """Runs SparseLinear, with memory="fast"."""
+        return weight.sparse(self.x)
 
     def theirs_eager(self, weight: Weight) -> Tensor:
         """PyTorch's path as its documentation has it used."""
@@ -123,7 +121,7 @@ def error(result: Tensor, exact: Tensor) -> float:
 def check(case: Case) -> None:
     """Raises unless our product is as exact as dense's, within 10 %."""
     weight = case.weights[0]
-    exact = case.x.double() @ weight.dense.double().T
+    exact = case.x.double() @ weight.linear.weight.double().T
     if case.bias is not None:
         exact += case.bias.double()
     ours, dense = error(case.ours(weight), exact), error(case.dense(weight), exact)
@@ -214,15 +212,18 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def make_weights(n: int, k: int, dtype: torch.dtype, device: torch.device) -> list[Weight]:
+def make_weights(n: int, k: int, bias: Tensor | None, dtype: torch.dtype) -> list[Weight]:
     """As many random weights as it takes to exceed the L2 cache twice in their smallest form."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    cache = torch.cuda.get_device_properties().L2_cache_size
     count = min(MAX_WEIGHTS, max(2, math.ceil(2 * cache / (1.125 * n * k))))
     weights = []
     for _ in range(count):
-        w = ops.project_2to4((torch.randn(n, k, device=device) / math.sqrt(k)).to(dtype))
+        w = ops.project_2to4((torch.randn(n, k, device="cuda") / math.sqrt(k)).to(dtype))
+        linear = torch.nn.Linear(k, n, bias=bias is not None, device="meta")
+        linear.weight = torch.nn.Parameter(w)
+        linear.bias = None if bias is None else torch.nn.Parameter(bias)
         theirs = torch.sparse.to_sparse_semi_structured(w)
-        weights.append(Weight(w, *ops.pack_2to4(w), ops.compress_2to4(w), theirs))
+        weights.append(Weight(linear, SparseLinear.from_linear(linear, "fast"), theirs))
     return weights
 
 
@@ -361,8 +362,8 @@ def main() -> None:
     torch_algorithms = {}
     with torch.inference_mode():
         for n, k, has_bias in layers:
-            weights = make_weights(n, k, dtype, device)
             bias = torch.randn(n, device=device).to(dtype) if has_bias else None
+            weights = make_weights(n, k, bias, dtype)
             for count in tokens:
                 x = torch.randn(count, k, device=device).to(dtype)
                 case = Case(n, k, has_bias, count, x, bias, weights)
@@ -396,9 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # What SparseLinear calls in eager mode; the registered op adds the dispatcher's time.
-    implementation = ops.implementation("sparse_linear", "cuda")
-    if isinstance(implementation, str):
-        sys.exit(f"bench_sparse_linear.py cannot run: {implementation}")
-    SPARSE_LINEAR = implementation
     main()

@@ -1,6 +1,7 @@
 """The linear layer of a 2:4 weight for 1 to 64 tokens: every way to run it, against dense cuBLAS.
 
-    python benchmarks/bench_sparse_linear_decode.py [--tokens M ...] [--quick] [--out DIR]
+    python benchmarks/bench_sparse_linear_decode.py [--shapes NxK ...] [--tokens M ...] [--quick]
+        [--out DIR]
 
 For each layer and token count: each layout of the CUDA kernel, the Triton kernel and dense,
 replayed from CUDA graphs over weights that leave the L2 cache behind, in turn on the same random
@@ -38,11 +39,12 @@ ROTATION_BYTES = 200e6
 
 
 class Weight(NamedTuple):
-    """A random 2:4 weight, dense and packed."""
+    """A random 2:4 weight, dense and packed, with its codes in rows and in tiles."""
 
     dense: Tensor
     values: Tensor
     codes: Tensor
+    tiles: Tensor
 
 
 def backends(n: int, k: int, x: Tensor) -> dict[str, Callable[[Weight], Tensor]]:
@@ -58,7 +60,7 @@ def backends(n: int, k: int, x: Tensor) -> dict[str, Callable[[Weight], Tensor]]
                 continue
             run = backend_cuda.Decode(layout, device, dtype, n, k)
             name = "cuda chosen" if layout[0] == 0 else "cuda {}/{}/{}".format(*layout)
-            found[name] = lambda w, run=run: run(x, w.values, w.codes, None)
+            found[name] = lambda w, run=run: run(x, w.values, w.tiles, None)
     triton = implementation("sparse_linear_decode", "triton")
     if not isinstance(triton, str):
         found["triton"] = lambda w: triton(x, w.values, w.codes, None)
@@ -72,7 +74,8 @@ def measure(n: int, k: int, tokens: int, rounds: int, device: torch.device) -> l
     weights = []
     for _ in range(count):
         w = ops.project_2to4((torch.randn(n, k, device=device) / math.sqrt(k)).to(dtype))
-        weights.append(Weight(w, *ops.pack_2to4(w)))
+        values, codes = ops.pack_2to4(w)
+        weights.append(Weight(w, values, codes, ops.lay_out_2to4(values, codes)[1]))
     x = torch.randn(tokens, k, device=device).to(dtype)
 
     def dense(w: Weight) -> Tensor:
@@ -143,6 +146,7 @@ def draw(cells: dict[tuple[int, int, int], list[Row]], path: Path) -> None:
 def main() -> None:
     """Check, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", help="NxK, default: layers of 7 to 70 B models")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--quick", action="store_true", help="two shapes, three token counts")
@@ -151,6 +155,8 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         sys.exit("this benchmark needs a CUDA GPU of compute capability 8.0 or later")
     shapes, tokens = SHAPES, args.tokens
+    if args.shapes:
+        shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes)]
     if args.quick:
         shapes, tokens = [(4096, 4096), (14336, 4096)], [1, 16, 64]
     device = torch.device("cuda", torch.cuda.current_device())

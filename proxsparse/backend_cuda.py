@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxsparse import cusparselt, tuning
+from proxsparse import cusparselt, reference, tuning
 from proxsparse.cusparselt import extension as _cuda
 from proxsparse.errors import ProxsparseError
 
@@ -36,11 +36,14 @@ CODES = {torch.bfloat16: 0, torch.float16: 1}
 _MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structured weight
 _TOKENS_MULTIPLE = 8  # and of the token count of 16-bit activations
 MAX_DECODE_TOKENS = 64
+_BUCKETS = frozenset(tuning.BUCKETS)
 _DECODE_MULTIPLE = 64  # that the kernel for few tokens needs of in_features
 # Rows a block, chunks under way (1 few, 2 many), blocks that share the columns; see
 # csrc/cuda/sparse_linear_decode.h. Tables refer to them by index.
 DECODE_LAYOUTS = tuple(
-    (rows, depth, splits) for rows in (64, 128) for depth in (1, 2) for splits in (1, 2, 4, 8)
+    (rows, depth, splits)
+    for rows, depth in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 2))
+    for splits in (1, 2, 4, 8)
 )
 
 # x, values, codes, bias, compressed, dense -> result
@@ -97,6 +100,40 @@ def compress_2to4_cuda(w: Tensor) -> Tensor:
     return compressed
 
 
+def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `ops.lay_out_2to4`.
+
+    Cost: one pass over values and codes, and a few temporaries of twice the codes' size.
+    """
+    n, k, device = values.shape[0], 2 * values.shape[1], values.get_device()
+    if not _cuda.has_decode or can_decode(k, 1, values.dtype, device) or not n:
+        return values, codes, None
+    tiles = reference.tile_codes(codes)
+    size = values.numel() * values.element_size()
+    buffer = torch.empty(size + tiles.numel(), dtype=torch.uint8, device=values.device)
+    kept, tiled = buffer[:size].view(values.dtype).view_as(values), buffer[size:].view_as(tiles)
+    kept.copy_(values)
+    tiled.copy_(tiles)
+    is_whole = n % 64 == 0 and not can_compress(n, k, values.dtype)
+    return kept, tiled, buffer if is_whole and _is_compressed_so(device, values.dtype) else None
+
+
+@functools.cache
+def _is_compressed_so(device: int, dtype: torch.dtype) -> bool:
+    """Whether cuSPARSELt's form of a weight is its values and, behind them, its codes in tiles.
+
+    So it is on Hopper in the versions that were looked at, and nothing says that it stays so: a
+    random weight is compressed and compared.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.cuda.device(device):
+        score = torch.randn(128, 192, generator=generator).to(device)
+        w = torch.where(reference.mask_2to4(score), score, 0).to(dtype)
+        values, codes = reference.pack_2to4(w)
+        parts = values.view(torch.uint8).flatten(), reference.tile_codes(codes).flatten()
+        return torch.equal(compress_2to4_cuda(w), torch.cat(parts))
+
+
 def sparse_linear_cuda(
     x: Tensor,
     values: Tensor,
@@ -110,7 +147,7 @@ def sparse_linear_cuda(
     Args:
         x: [..., K], bfloat16 or float16; other dtypes run dense.
         values: [N, K/2] of x's dtype.
-        codes: uint8 [N, ceil(K/8)].
+        codes: uint8 [N, ceil(K/8)], or in tiles, which the kernel for few tokens reads as they are.
         bias: [N] of x's dtype, or None.
         compressed: from `compress_2to4_cuda`, or None; needed to run on cuSPARSELt.
         dense: [N, K], or None; needed to run dense without unpacking first.
@@ -133,6 +170,7 @@ def sparse_linear_cuda(
     # What must agree but differs is a key of its own, and refused when it is first seen.
     key = (
         *(device, x.dtype, values.dtype, n, k, bisect.bisect_left(tuning.BUCKETS, tokens)),
+        tokens in _BUCKETS,  # the end of a range is decided by itself
         None if bias is None else bias.dtype,
         None if compressed is None else compressed.get_device(),
         None if dense is None else dense.dtype,
@@ -180,7 +218,7 @@ def _decide(
         name = str(x.dtype).removeprefix("torch.")
         cell = tuning.Cell(n, k, bucket, name, bias is not None)
         record = tuning.table_for(device).get(cell)
-    return executor(tuning.choose(record, bucket, available), device, x.dtype, n, k, bias)
+    return executor(tuning.choose(record, tokens, available), device, x.dtype, n, k, bias)
 
 
 def executor(
@@ -213,6 +251,8 @@ def _run_dense(
 
 
 def _run_unpacked(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
+    if codes.dim() == 3:
+        codes = reference.untile_codes(codes, values.shape[0])
     # In a context of its own, because a backend forced on the caller has no say in this: "cuda"
     # has no unpack_2to4.
     w = contextvars.Context().run(torch.ops.proxsparse.unpack_2to4, values, codes)
@@ -295,6 +335,8 @@ class Decode:
         self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
     ) -> Tensor:
         """See `sparse_linear_cuda`."""
+        if codes.dim() == 2:
+            codes = reference.tile_codes(codes)
         x, values, codes = _aligned(x), _aligned(values), _aligned(codes)
         out = x.new_empty(*x.shape[:-1], self._n)
         _cuda.sparse_linear_decode(

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.masks import check_codes
 from proxsparse.sparse_linear import SparseLinear, check_memory
@@ -87,7 +88,8 @@ class PackedQuantizer(HfQuantizer):
         for name in self.quantization_config.layers:
             layer = model.get_submodule(name)
             if not layer.codes.is_meta:  # offloaded: not in memory now
-                check_codes(layer.codes, layer.in_features // 4, name)
+                codes = ops.code_rows(layer.values, layer.codes)
+                check_codes(codes, layer.in_features // 4, name)
                 layer.refresh_()
         return model
 

@@ -206,7 +206,7 @@ def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     values, codes, dense = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ (_op.unpack_2to4(values, codes) if dense is None else dense)
+        grad_x = grad @ (unpack_2to4(values, codes) if dense is None else dense)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, None, grad_bias, None, None
@@ -336,7 +336,12 @@ def _check_2to4(w: Tensor) -> None:
 
 
 def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
-    """The dense tensor behind `pack_2to4`'s output; exact +0.0 where nothing was kept."""
+    """The dense tensor behind `pack_2to4`'s output; exact +0.0 where nothing was kept.
+
+    The codes of a weight [N, K] may be in tiles, see `lay_out_2to4`.
+    """
+    if codes.dim() == 3 and values.dim() == 2:
+        codes = code_rows(values, codes)
     k = 2 * values.shape[-1] if values.dim() else 0
     expected = [*values.shape[:-1], (k + 7) // 8]
     if k % 4 or list(codes.shape) != expected or codes.dtype != torch.uint8:
@@ -463,10 +468,16 @@ def sparse_linear(
 ) -> Tensor:
     """The product with a packed 2:4 weight, x @ W^T + bias; see `reference.sparse_linear`.
 
-    `compressed` and `dense` are other forms of the same weight, for backends that are faster with
-    them; which form a call uses is up to the backend.
+    `codes` may be in tiles, see `lay_out_2to4`. `compressed` and `dense` are other forms of the
+    same weight, for backends that are faster with them; which a call uses is up to the backend.
     """
     _check_packed_product(x, values, codes, bias)
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+        if not (needs_grad and torch.is_grad_enabled()):
+            # Nobody has to see the op: what the dispatcher would call, without its time.
+            run = _choose("sparse_linear", x)
+            return run(x, values, codes, bias, compressed, dense)  # type: ignore[no-any-return]
     return _op.sparse_linear(  # type: ignore[no-any-return]
         x, values, codes, bias, compressed, dense
     )
@@ -491,10 +502,10 @@ def sparse_linear_decode(
 
 def _check_packed_product(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
     n, half = values.shape if values.dim() == 2 else (0, 0)
-    if values.dim() != 2 or list(codes.shape) != [n, (2 * half + 7) // 8]:
+    if values.dim() != 2 or codes.shape not in ((n, (half + 3) // 4), _tiles_shape(n, half)):
         raise ProxsparseError(
             f"values {list(values.shape)} and codes {list(codes.shape)} are no packed 2:4 weight: "
-            "expected [N, K/2] and [N, ceil(K/8)] from pack_2to4"
+            "expected [N, K/2] and [N, ceil(K/8)] from pack_2to4, or codes in tiles"
         )
     if x.dim() == 0 or x.shape[-1] != 2 * half:
         raise ProxsparseError(
@@ -513,6 +524,54 @@ def _check_packed_product(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor
             f"x is {x.dtype} on {x.device}, but the bias is {bias.dtype} on {bias.device}: they "
             "must agree"
         )
+
+
+def _tiles_shape(n: int, half: int) -> tuple[int, int, int]:
+    return -(-n // 64), half // 16, 256
+
+
+def code_rows(values: Tensor, codes: Tensor) -> Tensor:
+    """The codes of a packed weight as `pack_2to4` has them, be they in tiles or not.
+
+    Args:
+        values: [N, K/2].
+        codes: uint8 [N, ceil(K/8)], returned as they are, or tiles from `lay_out_2to4`.
+
+    Returns:
+        uint8 [N, ceil(K/8)].
+    """
+    if codes.dim() == 2:
+        return codes
+    n, half = values.shape
+    if codes.shape != _tiles_shape(n, half) or codes.dtype != torch.uint8:
+        raise ProxsparseError(
+            f"values {list(values.shape)} need tiles of codes of shape {_tiles_shape(n, half)} and "
+            f"dtype uint8, not {list(codes.shape)} and {codes.dtype}"
+        )
+    return reference.untile_codes(codes, n)
+
+
+def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A packed weight in the order in which the kernels of its device read it.
+
+    Args:
+        values: [N, K/2], from `pack_2to4`.
+        codes: uint8 [N, ceil(K/8)].
+
+    Returns:
+        (values, codes, compressed). On a GPU whose kernel for few tokens takes the weight, values
+        and codes lie behind one another in one new buffer, the codes in tiles (see
+        `reference.tile_codes`). Where that is what `compress_2to4` would make, `compressed` is the
+        buffer, so that one copy serves all backends; else None. Elsewhere the arguments themselves
+        and None.
+    """
+    if values.device.type != "cuda":
+        return values, codes, None
+    implementation_ = implementation("sparse_linear", "cuda")
+    if isinstance(implementation_, str):
+        return values, codes, None
+    backend = importlib.import_module("proxsparse.backend_cuda")
+    return backend.lay_out_2to4(values, codes)  # type: ignore[no-any-return]
 
 
 def can_compress(n: int, k: int, dtype: torch.dtype) -> str:

@@ -223,6 +223,36 @@ def codes_to_mask(codes: Tensor, in_features: int) -> Tensor:
     return ((nibble & 3) == position).logical_or((nibble >> 2) == position).flatten(-2)
 
 
+def tile_codes(codes: Tensor) -> Tensor:
+    """The codes of `pack_2to4` in the order in which Hopper's sparse tensor cores read them.
+
+    cuSPARSELt keeps them so behind the values, which it leaves as they are; the CUDA kernel for few
+    tokens reads the same tiles. A tile holds 64 rows and 32 columns: for each 16 of the rows, each
+    r < 8 and each g < 4, byte 2g + i has group g + 4i of row r in its low half and of row r + 8 in
+    its high one.
+
+    Args:
+        codes: uint8 [N, K/8], K a multiple of 32.
+
+    Returns:
+        uint8 [ceil(N/64), K/32, 256]; rows past the last keep their first two.
+    """
+    n, width = codes.shape
+    tiles, columns = -(-n // 64), width // 4
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).reshape(n, 2 * width)
+    nibbles = torch.nn.functional.pad(nibbles, (0, 0, 0, 64 * tiles - n), value=0b0100)
+    nibbles = nibbles.reshape(tiles, 4, 2, 8, columns, 2, 4).permute(0, 4, 1, 3, 6, 5, 2)
+    return (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(tiles, columns, 256)
+
+
+def untile_codes(tiles: Tensor, n: int) -> Tensor:
+    """The codes [N, K/8] behind `tile_codes`' [ceil(N/64), K/32, 256]."""
+    count, columns, _ = tiles.shape
+    nibbles = torch.stack((tiles & 15, tiles >> 4), -1).reshape(count, columns, 4, 8, 4, 2, 2)
+    nibbles = nibbles.permute(0, 2, 6, 3, 1, 5, 4).reshape(64 * count, 4 * columns, 2)[:n]
+    return nibbles[..., 0] | nibbles[..., 1] << 4
+
+
 def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
     """The two kept values of each group, and where they stood.
 
@@ -258,7 +288,7 @@ def sparse_linear(
     Args:
         x: [..., K] input of the values' dtype.
         values: [N, K/2], from `pack_2to4`.
-        codes: uint8 [N, ceil(K/8)], from `pack_2to4`.
+        codes: uint8 [N, ceil(K/8)], from `pack_2to4`, or in tiles from `tile_codes`.
         bias: [N], or None.
         compressed: the same weight as a library compresses it; not read here.
         dense: the same weight [N, K] unpacked, if it is at hand.
@@ -269,6 +299,8 @@ def sparse_linear(
     Cost: for few tokens memory-bound in the weight, 9/16 of its dense bytes when fused; for many
     compute-bound, at half the dense operations on sparse tensor cores.
     """
+    if codes.dim() == 3:
+        codes = untile_codes(codes, values.shape[0])
     w = unpack_2to4(values, codes) if dense is None else dense
     return torch.nn.functional.linear(x, w, bias)
 
@@ -281,7 +313,7 @@ def sparse_linear_decode(
     Args:
         x: [..., K] with at most 64 tokens, of the values' dtype.
         values: [N, K/2], from `pack_2to4`.
-        codes: uint8 [N, ceil(K/8)], from `pack_2to4`.
+        codes: uint8 [N, ceil(K/8)], from `pack_2to4`, or in tiles from `tile_codes`.
         bias: [N], or None.
 
     Returns:

@@ -5,8 +5,13 @@ turns back into it bit by bit. The packed form is all that is saved. Other forms
 are built from it, for backends that are faster with them; `memory` says which are kept:
 
 * "min": only the packed form, 0.5625 of the bytes of a dense weight in 16 bits.
-* "fast": the dense weight too, so that no number of tokens need be slower than the dense layer, and
-  on a GPU the form of its sparse library: 1.5625 and about 2.13 of the dense bytes.
+* "fast": the dense weight too, so that no number of tokens need be slower than the dense layer:
+  1.5625 of the dense bytes.
+
+On a GPU the packed form is laid out as its kernels read it. On Hopper that is what cuSPARSELt reads
+as well, so one copy serves few tokens and many. On other GPUs, and where out_features are not a
+multiple of 64, cuSPARSELt needs a form of its own: "min" then does without it, and "fast" keeps
+about 2.13 of the dense bytes.
 
 The packed weight is frozen: gradients reach the input and the bias. To go on training, turn the
 model dense and hold its masks, see `masks.keep_masks_`.
@@ -44,9 +49,11 @@ class SparseLinear(nn.Module):
         out_features: N.
         bias: the bias as a parameter, or None.
         values: as above, a persistent buffer.
-        codes: as above, a persistent buffer.
+        codes: as above, a persistent buffer; on a GPU in tiles, but not in the state dict (see
+            `ops.lay_out_2to4`).
         dense: [N, K], the weight unpacked, or None.
-        compressed: the weight in the form of the GPU's sparse library, or None.
+        compressed: the weight in the form of cuSPARSELt, or None; on Hopper the memory of values
+            and codes itself.
 
     Raises:
         ProxsparseError: unknown `memory`, or tensors that are no packed weight.
@@ -152,15 +159,26 @@ class SparseLinear(nn.Module):
     def refresh_(self) -> None:
         """Build the other forms of the weight anew, after `values` or `codes` were written to."""
         self.compressed = self.dense = None
-        if self.memory == "fast" and not self.values.is_meta and not self.codes.is_meta:
-            self.dense = ops.unpack_2to4(self.values, self.codes)
-            self.compressed = _compress(self.dense)
+        if self.values.is_meta or self.codes.is_meta:
+            return
+        codes = ops.code_rows(self.values, self.codes)
+        self.values, self.codes, self.compressed = ops.lay_out_2to4(self.values, codes)
+        if self.memory == "fast":
+            self.dense = ops.unpack_2to4(self.values, codes)
+            if self.compressed is None:
+                self.compressed = _compress(self.dense)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes of each form of the weight that is kept: "packed", "compressed" and "dense"."""
+        """Bytes of each form of the weight that is kept: "packed", "compressed" and "dense".
+
+        A compressed form that is the memory of the packed one counts as nothing.
+        """
+        is_shared = (
+            self.compressed is not None and self.compressed.data_ptr() == self.values.data_ptr()
+        )
         forms = {
             "packed": (self.values, self.codes),
-            "compressed": (self.compressed,),
+            "compressed": (None if is_shared else self.compressed,),
             "dense": (self.dense,),
         }
         return {
@@ -213,7 +231,12 @@ class SparseLinear(nn.Module):
             self.refresh_()
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "codes"] = ops.code_rows(self.values, self.codes)
+
     def _load_from_state_dict(self, *args: Any) -> None:
+        self.codes = torch.empty_like(ops.code_rows(self.values, self.codes))
         super()._load_from_state_dict(*args)
         self.refresh_()
 

@@ -139,7 +139,7 @@ def test_the_cpu_backend_joins_the_extension_to_torch_and_no_more() -> None:
 def test_the_cuda_backend_knows_its_library_and_what_to_run() -> None:
     names = imports("proxsparse.backend_cuda")
     assert third_party(names) == {"torch"}
-    assert first_party(names) == {"cusparselt", "errors", "tuning"}
+    assert first_party(names) == {"cusparselt", "errors", "reference", "tuning"}
     assert first_party(imports("proxsparse.cusparselt")) == {"_cuda", "errors"}
     assert first_party(imports("proxsparse.tuning")) == {"cusparselt", "errors"}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from proxsparse import ops, reference
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import (
     implementation,
@@ -134,3 +135,30 @@ def test_pack_bad_input(w: Tensor, message: str) -> None:
 def test_unpack_bad_input(values: Tensor, codes: Tensor) -> None:
     with pytest.raises(ProxsparseError, match=r"need codes of shape .* and dtype uint8, not"):
         unpack_2to4(values, codes)
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 32), (128, 96), (80, 64), (1, 32)])
+def test_tiles_of_codes(n: int, k: int) -> None:
+    values, codes = ops.pack_2to4(ops.project_2to4(torch.randn(n, k)))
+    tiles = reference.tile_codes(codes)
+    assert tiles.shape == (-(-n // 64), k // 32, 256)
+    for row in range(0, n, 7):
+        for group in range(k // 4):
+            tile = tiles[row // 64, group // 8]
+            byte = tile[row % 64 // 16 * 64 + row % 8 * 8 + group % 4 * 2 + group % 8 // 4]
+            code = codes[row, group // 2] >> 4 * (group % 2) & 15
+            assert byte >> 4 * (row % 16 // 8) & 15 == code
+    assert torch.equal(reference.untile_codes(tiles, n), codes)
+    assert (
+        torch.equal(ops.code_rows(values, tiles), codes) and ops.code_rows(values, codes) is codes
+    )
+    assert torch.equal(ops.unpack_2to4(values, tiles), ops.unpack_2to4(values, codes))
+    x = torch.randn(3, k)
+    assert torch.equal(ops.sparse_linear(x, values, tiles), ops.sparse_linear(x, values, codes))
+
+
+def test_tiles_that_do_not_fit() -> None:
+    values, codes = ops.pack_2to4(ops.project_2to4(torch.randn(64, 32)))
+    with pytest.raises(ProxsparseError, match=r"need tiles of codes of shape \(1, 1, 256\)"):
+        ops.code_rows(values, reference.tile_codes(codes)[..., :128])
+    assert ops.lay_out_2to4(values, codes) == (values, codes, None)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import ops
+from proxsparse import ops, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 HOPPER, ADA = (0, 227 * 1024), (1, 99 * 1024)  # a device and the shared memory of its blocks
@@ -71,12 +71,18 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
 
 
 def make(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, w, values and codes of small whole numbers, so that every sum is exact in float32."""
+    """x, w, values and tiled codes of small whole numbers: every sum is exact in float32."""
     generator = torch.Generator().manual_seed(m + n + k)
     w = torch.randint(-4, 5, (n, k), generator=generator).to(dtype)
     w = ops.project_2to4(w, torch.rand(n, k, generator=generator).to(dtype))
     x = torch.randint(-3, 4, (m, k), generator=generator).to(dtype)
-    return x, w, *ops.pack_2to4(w)
+    return x, w, *pack(w)
+
+
+def pack(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and tiled codes."""
+    values, codes = ops.pack_2to4(w)
+    return values, reference.tile_codes(codes)
 
 
 def exact(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,7 +99,7 @@ def test_every_token_count(emulate: Callable[..., Tensor], m: int, dtype: torch.
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("rows", [64, 128, 256])
 @pytest.mark.parametrize("m", [3, 40])
 def test_every_layout(
     emulate: Callable[..., Tensor], rows: int, depth: int, splits: int, m: int
@@ -105,7 +111,7 @@ def test_every_layout(
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("layout", [(64, 1, 1), (64, 2, 2), (128, 2, 1), (128, 1, 4)])
+@pytest.mark.parametrize("layout", [(64, 1, 1), (64, 2, 2), (128, 2, 1), (128, 1, 4), (256, 2, 2)])
 def test_copies_and_threads_in_any_order(
     emulate: Callable[..., Tensor], layout: tuple[int, int, int], early: bool, descending: bool
 ) -> None:
@@ -131,7 +137,7 @@ def test_groups_with_fewer_than_two_entries(emulate: Callable[..., Tensor]) -> N
     x, w, _, _ = make(4, 64, 256, torch.bfloat16)
     w[::3] = 0
     w[:, 5::4] = 0
-    assert torch.equal(emulate(x, *ops.pack_2to4(w)), exact(x, w))
+    assert torch.equal(emulate(x, *pack(w)), exact(x, w))
 
 
 def test_rows_of_a_wider_tensor(emulate: Callable[..., Tensor]) -> None:
@@ -148,7 +154,7 @@ def test_rounding_is_that_of_float32_sums(
     w = ops.project_2to4(torch.randn(64, 1024).to(dtype))
     x = torch.randn(16, 1024).to(dtype)
     expected = x.double() @ w.double().T
-    error = (emulate(x, *ops.pack_2to4(w)).double() - expected).norm() / expected.norm()
+    error = (emulate(x, *pack(w)).double() - expected).norm() / expected.norm()
     rounding = (expected.to(dtype).double() - expected).norm() / expected.norm()
     assert error < 1.1 * rounding
 

@@ -195,3 +195,32 @@ def test_weight_is_readable_only() -> None:
 def test_repr_says_what_it_is() -> None:
     sparse = SparseLinear.from_linear(dense_layer(6, 16))
     assert repr(sparse) == ("SparseLinear(in_features=16, out_features=6, bias=True, memory='min')")
+
+
+@pytest.mark.sparse_tc
+@pytest.mark.parametrize(("n", "k"), [(256, 192), (80, 64)])
+def test_one_copy_serves_every_kernel_of_a_gpu(n: int, k: int) -> None:
+    linear = torch.nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
+    linear.weight.data = ops.project_2to4(linear.weight.data)
+    layer = SparseLinear.from_linear(linear)
+    assert layer.codes.dim() == 3
+    if layer.compressed is not None:
+        assert layer.memory_bytes()["compressed"] == 0
+        assert torch.equal(layer.compressed, ops.compress_2to4(linear.weight.data))
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert (layer.compressed is None) == (n % 64 != 0)
+    values, codes = ops.pack_2to4(linear.weight.data)
+    state = layer.state_dict()
+    assert torch.equal(state["values"], values) and torch.equal(state["codes"], codes)
+    for memory in ("min", "fast"):
+        layer.set_memory_(memory)
+        for tokens in (1, 7, 64, 65, 300):
+            x = torch.randn(tokens, k, device="cuda").bfloat16()
+            torch.testing.assert_close(layer(x), linear(x), rtol=0.02, atol=0.02)
+    other = SparseLinear.empty_like(linear)
+    other.load_state_dict(state)
+    assert torch.equal(other.to_linear().weight, linear.weight)
+    moved = layer.cpu()
+    assert moved.codes.dim() == 2 and torch.equal(moved.codes, codes.cpu())
+    back = moved.cuda()
+    assert back.codes.dim() == 3 and torch.equal(back.to_linear().weight, linear.weight)

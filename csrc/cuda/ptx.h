@@ -29,13 +29,6 @@ __device__ __forceinline__ void copy_weight(void* to, const void* from) {
                : "memory");
 }
 
-// A row's codes of one chunk are 32 bytes, which a GPU would fetch from memory at half its speed.
-__device__ __forceinline__ void copy_codes(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8;" ::"r"(shared_address(to)),
-               "l"(from)
-               : "memory");
-}
-
 // 16 bytes, or zeros where the token does not exist.
 __device__ __forceinline__ void copy_tokens(void* to, const void* from, bool exists) {
   const int bytes = exists ? kPiece : 0;
@@ -82,6 +75,27 @@ __device__ __forceinline__ void multiply_add_2to4(float (&sum)[4], const std::ui
 }
 
 #undef PROXSPARSE_MMA
+
+// Lets the next kernel of the stream start as soon as there is room for it, if it was launched to.
+__device__ __forceinline__ void let_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernel before is done and what it wrote is visible.
+__device__ __forceinline__ void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Brings bytes from memory to the L2 cache; both arguments are multiples of 16.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
 
 // All threads of all blocks of the cluster arrive before any goes on; shared memory is visible.
 __device__ __forceinline__ void synchronize_cluster() {

@@ -4,12 +4,14 @@
 // is a pipe: asynchronous copies keep several chunks of weight under way to shared memory, and
 // sparse tensor cores (mma.sp, the weight as the sparse operand, 8 tokens a tile) drain it.
 //
-// The weight is read as `pack_2to4` writes it; no second, private layout exists. That works because
-// * ldmatrix hands 16 bytes of a row to the four threads that own them in the fragment, so rows of
-//   values can be copied as they lie (16-byte pieces swizzled against bank conflicts);
-// * a row's codes are already the metadata that mma.sp wants: 4 bits a group, i | j << 2, i < j.
-//   For 64 columns a row has 8 bytes, and thread t of a quad supplies bytes 2t and 2t + 1: threads
-//   0 and 1 the first 32 columns (selector 0), threads 2 and 3 the others (selector 1).
+// The weight is read as cuSPARSELt keeps it on Hopper, so that one copy serves both; no third
+// layout exists.
+// * Values are those of `pack_2to4`, [N, K/2]. ldmatrix hands 16 bytes of a row to the four threads
+//   that own them in the fragment, so rows can be copied as they lie (16-byte pieces swizzled
+//   against bank conflicts).
+// * Codes come in tiles of 64 rows and 32 columns, 256 bytes each, a row of tiles after the other:
+//   see `reference.tile_codes`. Rows r and r + 8 of 16 share bytes, which are the metadata of one
+//   fragment but for the order of its nibbles.
 //
 // A block owns `kRows` rows and, with its cluster, all columns: the blocks of a cluster split the
 // columns and add their partial sums through distributed shared memory. Within a block, row warps
@@ -30,6 +32,7 @@ namespace proxsparse {
 namespace {
 
 constexpr int kStep = 64;  // columns between two changes of the metadata register
+constexpr int kCodeRows = 64, kCodeColumns = 32, kCodeTile = 256;  // a tile of codes and its bytes
 constexpr int kMaxDevices = 64;
 
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -56,11 +59,10 @@ struct Shape {
   static constexpr int kColumnWarps =
       8 / kRowWarps < columns / kStep ? 8 / kRowWarps : columns / kStep;
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
-  // Bytes of a row in shared memory. 48 instead of 32 spreads the codes of 8 rows over all banks.
-  static constexpr int kValueBytes = columns, kTokenBytes = 2 * columns;
-  static constexpr int kCodeBytes = columns == 256 ? 48 : columns / 8;
+  static constexpr int kValueBytes = columns, kTokenBytes = 2 * columns;  // of a row
+  static constexpr int kCodeBytes = columns / kCodeColumns * kCodeTile;   // of 64 rows
   static constexpr int kCodesAt = rows * kValueBytes;
-  static constexpr int kTokensAt = kCodesAt + rows * kCodeBytes;
+  static constexpr int kTokensAt = kCodesAt + rows / kCodeRows * kCodeBytes;
   static constexpr int kStageBytes = kTokensAt + kTokens * kTokenBytes;
   static constexpr int kSumStride = rows + 4;  // of a token; the 4 spread a warp over all banks
   static constexpr int kSumBytes = kColumnWarps * kTokens * kSumStride * 4;
@@ -73,6 +75,21 @@ struct Shape {
 template <int kRowBytes>
 __device__ __forceinline__ int swizzled(int row, int index) {
   return row * kRowBytes + ((index ^ (row & 7)) * kPiece);
+}
+
+// Where piece `index` of the codes of 64 rows lies. Threads of a quad read two neighbouring tiles
+// at once: in every other tile 16 rows change places with their neighbours, which parts the banks.
+__device__ __forceinline__ int swizzled_codes(int index) {
+  return (index ^ index / 4 & 4) * kPiece;
+}
+
+// The metadata of a thread from the 8 bytes of rows r and r + 8 and 32 columns: byte 2g + i has
+// group g + 4i of row r in its low half, of row r + 8 in its high one. Wanted are the four groups
+// of one i, those of row r first.
+__device__ __forceinline__ std::uint32_t metadata_of(uint2 bytes, int i) {
+  const std::uint32_t both = __byte_perm(bytes.x, bytes.y, i == 0 ? 0x6420 : 0x7531);
+  const std::uint32_t low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
+  return __byte_perm(low | low >> 4, high | high >> 4, 0x6420);
 }
 
 template <typename S>
@@ -91,6 +108,30 @@ __global__ void __launch_bounds__(S::kThreads)
   const int num_chunks = (K + S::kColumns - 1) / S::kColumns;
   const int begin = num_chunks * part / splits, end = num_chunks * (part + 1) / splits;
 
+  // Rows past the last repeat it: they are computed and not stored.
+  const auto values_of = [&](int row, int column) {
+    return reinterpret_cast<const unsigned char*>(values) +
+           static_cast<std::int64_t>(min(row, N - 1)) * K + column;
+  };
+  const auto codes_of = [&](int row, int column) {
+    const std::int64_t tile_row = min(row, N - 1) / kCodeRows;
+    return codes + (tile_row * (K / kCodeColumns) + column / kCodeColumns) * kCodeTile;
+  };
+
+  // The weight does not depend on the kernel before: while that one ends, the first chunks come as
+  // far as the L2 cache, where a write that is still under way would replace them.
+  let_next_grid_start();
+  const int first_column = begin * S::kColumns;
+  const int last_column = min(min(begin + S::kStages - 1, end) * S::kColumns, K);
+  const int num_columns = last_column - first_column;
+  for (int row = thread; row < S::kRows && num_columns > 0; row += S::kThreads) {
+    prefetch(values_of(first_row + row, first_column), num_columns);
+    if (row % kCodeRows == 0) {
+      prefetch(codes_of(first_row + row, first_column), num_columns / kCodeColumns * kCodeTile);
+    }
+  }
+  wait_for_previous_grid();
+
   const auto load = [&](int chunk) {
     unsigned char* stage = shared + (chunk - begin) % S::kStages * S::kStageBytes;
     const int column = chunk * S::kColumns, left = min(S::kColumns, K - column);
@@ -98,22 +139,18 @@ __global__ void __launch_bounds__(S::kThreads)
 #pragma unroll
     for (int i = thread; i < S::kRows * kValuePieces; i += S::kThreads) {
       const int row = i / kValuePieces, piece = i % kValuePieces;
-      // Rows past the last repeat it: they are computed and not stored.
-      const std::int64_t from = static_cast<std::int64_t>(min(first_row + row, N - 1)) * K;
       if (piece * kPiece < left) {
-        copy_weight(
-            stage + swizzled<S::kValueBytes>(row, piece),
-            reinterpret_cast<const unsigned char*>(values) + from + column + piece * kPiece);
+        copy_weight(stage + swizzled<S::kValueBytes>(row, piece),
+                    values_of(first_row + row, column) + piece * kPiece);
       }
     }
-    constexpr int kCodePieces = S::kColumns / kStep;  // of 8 bytes
+    constexpr int kCodePieces = S::kCodeBytes / kPiece;
 #pragma unroll
-    for (int i = thread; i < S::kRows * kCodePieces; i += S::kThreads) {
-      const int row = i / kCodePieces, piece = i % kCodePieces;
-      const std::int64_t from = static_cast<std::int64_t>(min(first_row + row, N - 1)) * (K / 8);
-      if (piece * kStep < left) {
-        copy_codes(stage + S::kCodesAt + row * S::kCodeBytes + piece * 8,
-                   codes + from + column / 8 + piece * 8);
+    for (int i = thread; i < S::kRows / kCodeRows * kCodePieces; i += S::kThreads) {
+      const int block = i / kCodePieces, piece = i % kCodePieces;
+      if (piece * (kCodeColumns * kPiece / kCodeTile) < left) {
+        copy_weight(stage + S::kCodesAt + block * S::kCodeBytes + swizzled_codes(piece),
+                    codes_of(first_row + block * kCodeRows, column) + piece * kPiece);
       }
     }
     constexpr int kTokenPieces = S::kTokenBytes / kPiece;
@@ -135,7 +172,6 @@ __global__ void __launch_bounds__(S::kThreads)
 
   float sums[S::kRowTiles][S::kTokenTiles][4] = {};
   const int warp_row = row_warp * 16 * S::kRowTiles;
-  const int code_row = warp_row + lane / 4, code_byte = lane % 4 * 2;
   const int matrix = lane / 8, matrix_row = lane % 8;
   for (int chunk = begin; chunk < end; ++chunk) {
     wait_for_copies<S::kStages - 2>();
@@ -149,11 +185,12 @@ __global__ void __launch_bounds__(S::kThreads)
       std::uint32_t metadata[S::kRowTiles];
 #pragma unroll
       for (int tile = 0; tile < S::kRowTiles; ++tile) {
-        const unsigned char* row =
-            stage + S::kCodesAt + (code_row + 16 * tile) * S::kCodeBytes + step * 8 + code_byte;
-        const std::uint32_t low = *reinterpret_cast<const std::uint16_t*>(row);
-        const std::uint32_t high = *reinterpret_cast<const std::uint16_t*>(row + 8 * S::kCodeBytes);
-        metadata[tile] = low | high << 16;
+        const int row = warp_row + 16 * tile + lane / 4;
+        // 16 pieces a tile of codes, of them four to 16 rows; two rows share a piece.
+        const int piece = (step * 2 + lane % 4 / 2) * 16 + row % kCodeRows / 16 * 4 + row % 8 / 2;
+        const unsigned char* bytes = stage + S::kCodesAt + row / kCodeRows * S::kCodeBytes +
+                                     swizzled_codes(piece) + row % 2 * 8;
+        metadata[tile] = metadata_of(*reinterpret_cast<const uint2*>(bytes), lane % 2);
       }
       const auto half_step = [&](auto selector) {
         constexpr int kHalf = decltype(selector)::value;
@@ -263,7 +300,7 @@ const char* text_of(cudaError_t error) {
 }
 
 template <typename S>
-const char* launch(const DecodeCall& call, int index, int splits) {
+const char* launch(const DecodeCall& call, int index, const Device& device, int splits) {
   using T = typename S::T;
   const auto kernel = sparse_linear_decode_kernel<S>;
   static std::atomic<std::uint64_t> allowed{0};  // devices on which the kernel may use its memory
@@ -279,12 +316,19 @@ const char* launch(const DecodeCall& call, int index, int splits) {
   config.blockDim = S::kThreads;
   config.dynamicSmemBytes = S::kSharedBytes;
   config.stream = static_cast<cudaStream_t>(call.stream);
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = splits;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = splits > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (device.major >= 9) {
+    cudaLaunchAttribute& early_start = attributes[config.numAttrs++];
+    early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early_start.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (splits > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = splits;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
   return text_of(cudaLaunchKernelEx(
       &config, kernel, static_cast<const T*>(call.x), static_cast<const T*>(call.values),
       static_cast<const std::uint8_t*>(call.codes), static_cast<const T*>(call.bias),
@@ -293,9 +337,9 @@ const char* launch(const DecodeCall& call, int index, int splits) {
 }
 
 // Stages that fill most of the 227 KB of a Hopper multiprocessor, or half of it.
-template <int rows, int token_tiles>
+template <int rows, int token_tiles, int columns = 256>
 constexpr int stages(bool deep) {
-  constexpr int kStage = rows * 256 + rows * 48 + token_tiles * 8 * 512;
+  constexpr int kStage = rows * columns * 9 / 8 + token_tiles * 16 * columns;
   const int most = (deep ? 227 : 113) * 1024 / kStage;
   return most < 2 ? 2 : most > 8 ? 8 : most;
 }
@@ -310,18 +354,22 @@ const char* launch_for_tokens(const DecodeCall& call, int index, const Device& d
   using Half64 = Shape<T, 64, kRowTiles, token_tiles, 256, stages<64, token_tiles>(false)>;
   using Deep128 = Shape<T, 128, kRowTiles, token_tiles, 256, stages<128, token_tiles>(true)>;
   using Half128 = Shape<T, 128, kRowTiles, token_tiles, 256, stages<128, token_tiles>(false)>;
+  using Deep256 = Shape<T, 256, 2, token_tiles, 128, stages<256, token_tiles, 128>(true)>;
   using Small = Shape<T, 64, kRowTiles, token_tiles, 128, 3>;  // for GPUs with less memory
-  if (layout.rows == 128) {
+  if (layout.rows == 256 && fits(Deep256::kSharedBytes)) {
+    return launch<Deep256>(call, index, device, layout.splits);
+  }
+  if (layout.rows >= 128) {
     if (layout.depth == 2 && fits(Deep128::kSharedBytes)) {
-      return launch<Deep128>(call, index, layout.splits);
+      return launch<Deep128>(call, index, device, layout.splits);
     }
-    if (fits(Half128::kSharedBytes)) return launch<Half128>(call, index, layout.splits);
+    if (fits(Half128::kSharedBytes)) return launch<Half128>(call, index, device, layout.splits);
   }
   if (layout.depth == 2 && fits(Deep64::kSharedBytes)) {
-    return launch<Deep64>(call, index, layout.splits);
+    return launch<Deep64>(call, index, device, layout.splits);
   }
-  if (fits(Half64::kSharedBytes)) return launch<Half64>(call, index, layout.splits);
-  if (fits(Small::kSharedBytes)) return launch<Small>(call, index, layout.splits);
+  if (fits(Half64::kSharedBytes)) return launch<Half64>(call, index, device, layout.splits);
+  if (fits(Small::kSharedBytes)) return launch<Small>(call, index, device, layout.splits);
   return "this GPU has too little shared memory per block";
 }
 

@@ -10,7 +10,7 @@ constexpr int kMaxDecodeTokens = 64;
 // How a call is laid out on the GPU; zeros let the library choose. Where a block has too little
 // shared memory for rows and depth, they give way to the next smaller ones; splits stay.
 struct DecodeLayout {
-  int rows = 0;    // of the weight per block: 64 or 128
+  int rows = 0;    // of the weight per block: 64, 128 or 256
   int depth = 0;   // chunks under way per block: 1 few (several blocks a multiprocessor), 2 many
   int splits = 0;  // blocks that share the columns of a tile, as one cluster: 1, 2, 4 or 8
 };
@@ -20,7 +20,7 @@ struct DecodeLayout {
 struct DecodeCall {
   const void* x;
   const void* values;  // [N, K/2]
-  const void* codes;   // uint8 [N, K/8]
+  const void* codes;   // uint8 [ceil(N/64), K/32, 256], from `reference.tile_codes`
   const void* bias;    // [N], or null
   void* y;
   int tokens, out_features, in_features;

@@ -18,6 +18,20 @@
 inline void __syncthreads() { emulator::wait_at(emulator::current->block->barrier); }
 inline int min(int a, int b) { return a < b ? a : b; }
 
+struct uint2 {
+  std::uint32_t x, y;
+};
+// Byte i of the result is the one of (low, high), of 8 bytes, that nibble i of the selector names.
+inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+  const std::uint64_t bytes = low | static_cast<std::uint64_t>(high) << 32;
+  std::uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const auto byte = static_cast<std::uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255);
+    result |= byte << (8 * i);
+  }
+  return result;
+}
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -47,13 +61,17 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return bytes <= emulator::settings.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -67,7 +85,12 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      cluster = config->attrs[i].val.clusterDim.x;
+    }
+  }
   if (config->gridDim.x % cluster) return cudaErrorInvalidValue;
   const bool ended = emulator::run_grid(config->gridDim.x, config->blockDim.x, cluster,
                                         config->dynamicSmemBytes, [=] { kernel(arguments...); });

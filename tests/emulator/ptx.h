@@ -15,7 +15,6 @@ constexpr int kPiece = 16;
 
 inline unsigned char* dynamic_shared_memory() { return emulator::current->block->memory.data(); }
 inline void copy_weight(void* to, const void* from) { emulator::copy_later(to, from, 16, 16); }
-inline void copy_codes(void* to, const void* from) { emulator::copy_later(to, from, 8, 8); }
 inline void copy_tokens(void* to, const void* from, bool exists) {
   emulator::copy_later(to, from, exists ? 16 : 0, 16);
 }
@@ -94,6 +93,10 @@ void multiply_add_2to4(float (&sum)[4], const std::uint32_t (&w)[4], const std::
     }
   }
 }
+
+inline void let_next_grid_start() {}
+inline void wait_for_previous_grid() {}
+inline void prefetch(const void*, int) {}
 
 inline void synchronize_cluster() { emulator::wait_at(emulator::cluster->barrier); }
 
