@@ -114,6 +114,8 @@ def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor 
     kept, tiled = buffer[:size].view(values.dtype).view_as(values), buffer[size:].view_as(tiles)
     kept.copy_(values)
     tiled.copy_(tiles)
+    # The kernel for few tokens reads them ahead of its turn on the stream.
+    torch.cuda.current_stream(device).synchronize()
     is_whole = n % 64 == 0 and not can_compress(n, k, values.dtype)
     return kept, tiled, buffer if is_whole and _is_compressed_so(device, values.dtype) else None
 
@@ -335,7 +337,9 @@ class Decode:
         self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
     ) -> Tensor:
         """See `sparse_linear_cuda`."""
-        if codes.dim() == 2:
+        # Tiles come from `lay_out_2to4`, which has waited for them.
+        is_settled = codes.dim() == 3
+        if not is_settled:
             codes = reference.tile_codes(codes)
         x, values, codes = _aligned(x), _aligned(values), _aligned(codes)
         out = x.new_empty(*x.shape[:-1], self._n)
@@ -343,7 +347,7 @@ class Decode:
             *(self._code, x.numel() // self._k, self._n, self._k, x.data_ptr(), self._k),
             *(values.data_ptr(), codes.data_ptr()),
             *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
-            *(*self._layout, _stream(self._device)),
+            *(*self._layout, is_settled, _stream(self._device)),
         )
         return out
 

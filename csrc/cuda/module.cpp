@@ -89,7 +89,7 @@ PYBIND11_MODULE(_cuda, m) {
       "sparse_linear_decode",
       [](int type, int tokens, int n, int k, Address x, std::int64_t x_stride, Address values,
          Address codes, Address bias, Address out, int rows, int depth, int splits,
-         Address stream) {
+         bool may_start_early, Address stream) {
         const char* error =
             proxsparse::sparse_linear_decode({pointer(x),
                                               pointer(values),
@@ -102,6 +102,7 @@ PYBIND11_MODULE(_cuda, m) {
                                               x_stride,
                                               static_cast<ValueType>(type) == ValueType::kBFloat16,
                                               {rows, depth, splits},
+                                              may_start_early,
                                               pointer(stream)});
         if (error != nullptr) {
           throw std::runtime_error("sparse_linear_decode failed for W [" + std::to_string(n) +

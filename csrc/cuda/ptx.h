@@ -90,13 +90,6 @@ __device__ __forceinline__ void wait_for_previous_grid() {
 #endif
 }
 
-// Brings bytes from memory to the L2 cache; both arguments are multiples of 16.
-__device__ __forceinline__ void prefetch(const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
 // All threads of all blocks of the cluster arrive before any goes on; shared memory is visible.
 __device__ __forceinline__ void synchronize_cluster() {
 #if __CUDA_ARCH__ >= 900

@@ -59,6 +59,7 @@ struct Shape {
   static constexpr int kColumnWarps =
       8 / kRowWarps < columns / kStep ? 8 / kRowWarps : columns / kStep;
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
+  static constexpr int kWeightThreads = kThreads - 32 * (token_tiles > 2 ? 2 : 1);
   static constexpr int kValueBytes = columns, kTokenBytes = 2 * columns;  // of a row
   static constexpr int kCodeBytes = columns / kCodeColumns * kCodeTile;   // of 64 rows
   static constexpr int kCodesAt = rows * kValueBytes;
@@ -118,69 +119,72 @@ __global__ void __launch_bounds__(S::kThreads)
     return codes + (tile_row * (K / kCodeColumns) + column / kCodeColumns) * kCodeTile;
   };
 
-  // The weight does not depend on the kernel before: while that one ends, the first chunks come as
-  // far as the L2 cache, where a write that is still under way would replace them.
-  let_next_grid_start();
-  const int first_column = begin * S::kColumns;
-  const int last_column = min(min(begin + S::kStages - 1, end) * S::kColumns, K);
-  const int num_columns = last_column - first_column;
-  for (int row = thread; row < S::kRows && num_columns > 0; row += S::kThreads) {
-    prefetch(values_of(first_row + row, first_column), num_columns);
-    if (row % kCodeRows == 0) {
-      prefetch(codes_of(first_row + row, first_column), num_columns / kCodeColumns * kCodeTile);
-    }
-  }
-  wait_for_previous_grid();
+  // Blocks take the chunks in turn, each from another one on: else all of them would ask the L2
+  // cache for the same columns of the tokens at the same time.
+  const int count = end - begin, turn = count > 0 ? blockIdx.x / splits % count : 0;
+  const auto chunk_at = [&](int i) { return begin + (i + turn) % count; };
 
-  const auto load = [&](int chunk) {
-    unsigned char* stage = shared + (chunk - begin) % S::kStages * S::kStageBytes;
-    const int column = chunk * S::kColumns, left = min(S::kColumns, K - column);
-    constexpr int kValuePieces = S::kValueBytes / kPiece;
+  // Of an asynchronous copy's arrival only the thread that asked for it learns, and of all its
+  // copies in order. So that no weight waits for tokens, different warps load them.
+  const bool loads_weight = thread < S::kWeightThreads;
+  const auto load = [&](int i) {
+    unsigned char* stage = shared + i % S::kStages * S::kStageBytes;
+    const int column = chunk_at(i) * S::kColumns, left = min(S::kColumns, K - column);
+    if (loads_weight) {
+      constexpr int kValuePieces = S::kValueBytes / kPiece;
 #pragma unroll
-    for (int i = thread; i < S::kRows * kValuePieces; i += S::kThreads) {
-      const int row = i / kValuePieces, piece = i % kValuePieces;
-      if (piece * kPiece < left) {
-        copy_weight(stage + swizzled<S::kValueBytes>(row, piece),
-                    values_of(first_row + row, column) + piece * kPiece);
+      for (int j = thread; j < S::kRows * kValuePieces; j += S::kWeightThreads) {
+        const int row = j / kValuePieces, piece = j % kValuePieces;
+        if (piece * kPiece < left) {
+          copy_weight(stage + swizzled<S::kValueBytes>(row, piece),
+                      values_of(first_row + row, column) + piece * kPiece);
+        }
       }
-    }
-    constexpr int kCodePieces = S::kCodeBytes / kPiece;
+      constexpr int kCodePieces = S::kCodeBytes / kPiece;
 #pragma unroll
-    for (int i = thread; i < S::kRows / kCodeRows * kCodePieces; i += S::kThreads) {
-      const int block = i / kCodePieces, piece = i % kCodePieces;
-      if (piece * (kCodeColumns * kPiece / kCodeTile) < left) {
-        copy_weight(stage + S::kCodesAt + block * S::kCodeBytes + swizzled_codes(piece),
-                    codes_of(first_row + block * kCodeRows, column) + piece * kPiece);
+      for (int j = thread; j < S::kRows / kCodeRows * kCodePieces; j += S::kWeightThreads) {
+        const int block = j / kCodePieces, piece = j % kCodePieces;
+        if (piece * (kCodeColumns * kPiece / kCodeTile) < left) {
+          copy_weight(stage + S::kCodesAt + block * S::kCodeBytes + swizzled_codes(piece),
+                      codes_of(first_row + block * kCodeRows, column) + piece * kPiece);
+        }
       }
-    }
-    constexpr int kTokenPieces = S::kTokenBytes / kPiece;
-#pragma unroll
-    for (int i = thread; i < S::kTokens * kTokenPieces; i += S::kThreads) {
-      const int token = i / kTokenPieces, piece = i % kTokenPieces;
-      const bool exists = token < M;
-      if (piece * 8 < left) {
-        copy_tokens(stage + S::kTokensAt + swizzled<S::kTokenBytes>(token, piece),
-                    x + (exists ? token * x_stride + column + piece * 8 : 0), exists);
+    } else {
+      constexpr int kTokenPieces = S::kTokenBytes / kPiece;
+      constexpr int kTokenThreads = S::kThreads - S::kWeightThreads;
+#pragma unroll 4
+      for (int j = thread - S::kWeightThreads; j < S::kTokens * kTokenPieces; j += kTokenThreads) {
+        const int token = j / kTokenPieces, piece = j % kTokenPieces;
+        const bool exists = token < M;
+        if (piece * 8 < left) {
+          copy_tokens(stage + S::kTokensAt + swizzled<S::kTokenBytes>(token, piece),
+                      x + (exists ? token * x_stride + column + piece * 8 : 0), exists);
+        }
       }
     }
   };
 
+  // The weight does not depend on the kernel before, so its first chunks are under way while that
+  // one ends. The tokens, and memory to write to, may be that kernel's until it has.
+  let_next_grid_start();
+  if (!loads_weight) wait_for_previous_grid();
   for (int i = 0; i < S::kStages - 1; ++i) {
-    if (begin + i < end) load(begin + i);
+    if (i < count) load(i);
     commit_copies();
   }
+  if (loads_weight) wait_for_previous_grid();
 
   float sums[S::kRowTiles][S::kTokenTiles][4] = {};
   const int warp_row = row_warp * 16 * S::kRowTiles;
   const int matrix = lane / 8, matrix_row = lane % 8;
-  for (int chunk = begin; chunk < end; ++chunk) {
+  for (int i = 0; i < count; ++i) {
     wait_for_copies<S::kStages - 2>();
     __syncthreads();  // this chunk has arrived, and all warps are done with the one before it
-    if (chunk + S::kStages - 1 < end) load(chunk + S::kStages - 1);
+    if (i + S::kStages - 1 < count) load(i + S::kStages - 1);
     commit_copies();
 
-    const unsigned char* stage = shared + (chunk - begin) % S::kStages * S::kStageBytes;
-    const int steps = min(S::kColumns, K - chunk * S::kColumns) / kStep;
+    const unsigned char* stage = shared + i % S::kStages * S::kStageBytes;
+    const int steps = min(S::kColumns, K - chunk_at(i) * S::kColumns) / kStep;
     for (int step = column_warp; step < steps; step += S::kColumnWarps) {
       std::uint32_t metadata[S::kRowTiles];
 #pragma unroll
@@ -318,7 +322,7 @@ const char* launch(const DecodeCall& call, int index, const Device& device, int 
   config.stream = static_cast<cudaStream_t>(call.stream);
   cudaLaunchAttribute attributes[2] = {};
   config.attrs = attributes;
-  if (device.major >= 9) {
+  if (call.may_start_early && device.major >= 9) {
     cudaLaunchAttribute& early_start = attributes[config.numAttrs++];
     early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early_start.val.programmaticStreamSerializationAllowed = 1;
@@ -373,26 +377,31 @@ const char* launch_for_tokens(const DecodeCall& call, int index, const Device& d
   return "this GPU has too little shared memory per block";
 }
 
-// One wave of blocks, all resident at once: then each gets its share of the memory's bandwidth and
-// all end together. Of the layouts that make one, the one with the most blocks.
+// What was fastest on an H100, without trying. There, one wave of blocks that leaves few
+// multiprocessors idle is what counts; two blocks on each do no harm, and many tokens want large
+// blocks, which read them less often.
 DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
   DecodeLayout layout = call.layout;
+  const int most = device.multiprocessors, enough = most * 5 / 6;
+  const auto tiles = [&](int rows) { return (call.out_features + rows - 1) / rows; };
   if (layout.rows == 0) {
-    // Wide tiles read the tokens less often; narrow ones make enough blocks of a small weight.
-    layout.rows = call.out_features >= 64 * device.multiprocessors ? 128 : 64;
+    const int blocks = call.tokens > 32 ? enough : 2 * most + 1;
+    layout.rows = tiles(256) >= blocks ? 256 : tiles(128) >= blocks ? 128 : 64;
+    if (call.tokens <= 32 && tiles(64) > 2 * most) layout.rows = 128;
   }
-  const int tiles = (call.out_features + layout.rows - 1) / layout.rows;
+  const int blocks = tiles(layout.rows);
   if (layout.splits == 0) {
     layout.splits = 1;
-    const int slots = layout.depth == 2 ? device.multiprocessors : 2 * device.multiprocessors;
-    while (device.major >= 9 && layout.splits < 8 && 2 * layout.splits * tiles <= slots &&
+    const auto is_few = [&] {
+      const bool is_long = call.tokens <= 32 && call.in_features / layout.splits >= 16384;
+      return blocks * layout.splits < (is_long ? most : enough);
+    };
+    while (device.major >= 9 && layout.splits < 8 && is_few() &&
            call.in_features >= 512 * layout.splits) {
       layout.splits *= 2;
     }
   }
-  if (layout.depth == 0) {
-    layout.depth = tiles * layout.splits <= device.multiprocessors ? 2 : 1;
-  }
+  if (layout.depth == 0) layout.depth = blocks * layout.splits <= most ? 2 : 1;
   return layout;
 }
 

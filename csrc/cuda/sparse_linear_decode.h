@@ -27,6 +27,9 @@ struct DecodeCall {
   std::int64_t x_stride;
   bool is_bfloat16;  // else float16
   DecodeLayout layout;
+  // Whether the weight was complete before the kernel that is queued ahead of this one began: then
+  // it may be read while that one ends.
+  bool may_start_early;
   void* stream;
 };
 

@@ -96,7 +96,6 @@ void multiply_add_2to4(float (&sum)[4], const std::uint32_t (&w)[4], const std::
 
 inline void let_next_grid_start() {}
 inline void wait_for_previous_grid() {}
-inline void prefetch(const void*, int) {}
 
 inline void synchronize_cluster() { emulator::wait_at(emulator::cluster->barrier); }
 

@@ -22,5 +22,6 @@ extern "C" const char* decode(const void* x, const void* values, const void* cod
                                            x_stride,
                                            is_bfloat16,
                                            {rows, depth, splits},
+                                           true,
                                            nullptr});
 }
