@@ -364,7 +364,9 @@ def generate(
         memory=memory,
         device=device,
     )
-    table = Table("weights", "bytes", "tokens", "seconds", "tokens/s")
+    table = Table(
+        *("weights", "bytes", "tokens", "seconds", "tokens/s", "prefill s", "decode tokens/s")
+    )
     for kind, figures in result["runs"].items():
         table.add_row(
             kind,
@@ -372,6 +374,8 @@ def generate(
             str(figures["num_tokens"]),
             f"{figures['seconds']:.2f}",
             f"{figures['tokens_per_second']:.1f}",
+            f"{figures['prefill_seconds']:.3f}",
+            _or_dash(figures["decode_tokens_per_second"], ".1f"),
         )
     console.print(prompt + result["runs"]["sparse"]["text"], markup=False, highlight=False)
     console.print(table)
@@ -380,6 +384,8 @@ def generate(
         f"{result['backend']} backend",
         highlight=False,
     )
+    for kind, figures in result["runs"].items():
+        console.print(f"{kind} decoded by {figures['decoding']}", markup=False, highlight=False)
     if result["backend"] == "reference":
         console.print("The reference is correct, not fast: its speed says nothing about 2:4.")
     if compare:
