@@ -36,6 +36,7 @@ from proxsparse.evaluate import next_token_loss
 from proxsparse.masks import Masks
 from proxsparse.memory import memory_gb
 from proxsparse.precision import eval_mode
+from proxsparse.step_graph import Step, as_graph
 from proxsparse.streaming import (
     can_chunk,
     chunked_next_token_loss,
@@ -46,6 +47,7 @@ from proxsparse.streaming import (
 from proxsparse.targets import Target, Targets
 
 _METRICS_EVERY = 10  # steps between looks at the loss: each look makes a GPU wait for the host
+_COUNTED_AT_ONCE = 2**24  # weights whose masks are compared together: few kernels, little memory
 _WARMUP = 0.1  # share of the steps
 
 State = dict[str, Tensor]
@@ -82,25 +84,27 @@ class Job:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in the run a step is.
+    """Where in the run a step is, as 0-d tensors; of a captured step, on the GPU.
 
     Attributes:
-        step: its number, from 1.
-        progress: share of the run that lies before it, in [0, 1).
+        step: its number, from 1; float64, as the next two.
         lr: its learning rate: linear warm-up over 10 % of the steps, then linear decay to 0.
-        grad_scale: factor on the gradients, from clipping; a 0-d tensor on the model's device.
+        lam: its proximal strength, see `Rule.lam_at`.
+        grad_scale: factor on the gradients, from clipping; on the model's device.
     """
 
-    step: int
-    progress: float
-    lr: float
+    step: Tensor
+    lr: Tensor
+    lam: Tensor
     grad_scale: Tensor
 
 
 class Rule(abc.ABC):
     """What a learned method adds to the loop.
 
-    Weights and gradients come as [N, K] or [E, N, K]; `w0` is the layer's original weight.
+    Weights and gradients come as [N, K] or [E, N, K]; `w0` is the layer's original weight. On a GPU
+    a step may be captured as a CUDA graph, so what `update_` and `weight_` decide depends on shapes
+    and settings only, and what changes from step to step is in tensors.
 
     Attributes:
         lr: the default peak learning rate.
@@ -117,6 +121,13 @@ class Rule(abc.ABC):
     @abc.abstractmethod
     def start(self, target: Target, w0: Tensor) -> State:
         """The state of a layer before the first step; saved in checkpoints, restored in place."""
+
+    @abc.abstractmethod
+    def lam_at(self, progress: float, lr: float) -> float:
+        """The proximal strength of a step of learning rate `lr`.
+
+        `progress` is the share of the run that lies before it, in [0, 1).
+        """
 
     @abc.abstractmethod
     def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
@@ -162,7 +173,7 @@ def learn(job: Job, rule: Rule) -> Masks:
             _loop(run, done, stop, rows)
         masks = Masks()
         for t in layers:
-            masks.add(t, distributed.all_rows(run.mask(t), t.shape))
+            masks.add(t, distributed.all_rows(ops.mask_2to4(run.weight(t)), t.shape))
     finally:
         if not rule.on_demand:
             for t in layers:
@@ -180,7 +191,7 @@ class _Run:
     states: dict[str, State]
     moment: Moment | None = None
     updated: set[str] = field(default_factory=set)
-    mask_bits: dict[str, Tensor] = field(default_factory=dict)
+    mask_bits: dict[int, Tensor] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def current_weights(self) -> Iterator[None]:
@@ -213,13 +224,13 @@ class _Run:
         self.rule.update_(self.w0[name], self.states[name], grad, self.moment, out)
 
     @torch.no_grad()
-    def mask(self, target: Target) -> Tensor:
-        """What would be kept now, bool [N, K] or [E, N, K]."""
+    def weight(self, target: Target) -> Tensor:
+        """The weight to compute with now, [N, K] or [E, N, K]; its top two per group are kept."""
         w = target.weight()
         if self.rule.on_demand:
             w = torch.empty_like(w, memory_format=torch.contiguous_format)
             self.write(target, w)
-        return ops.mask_2to4(w)
+        return w
 
     def step(self, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         """Forward, backward and the update of every layer; returns the loss.
@@ -229,6 +240,8 @@ class _Run:
         """
         layers = self.job.targets.layers
         self.updated.clear()
+        for target in layers:
+            target.parameter.grad = None  # what an attempt to capture the step has left
         value = loss(self.job.model, batch)
         value.backward()  # type: ignore[no-untyped-call]
         if self.rule.max_grad_norm is not None:
@@ -250,16 +263,21 @@ class _Run:
         return value.detach()
 
     @torch.no_grad()
-    def share_flipped(self) -> float:
-        """The share of all weights kept now and pruned at the last call, or the other way round."""
-        flips = []
-        for target in self.job.targets.layers:
-            bits = _pack_bits(self.mask(target))
-            before = self.mask_bits.get(target.name, bits)
-            flips.append(_unpack_bits(bits ^ before).sum())
-            self.mask_bits[target.name] = bits
-        total = sum(math.prod(t.shape) for t in self.job.targets.layers)
-        return distributed.sum_over_processes(torch.stack(flips).sum()).item() / total
+    def count(self) -> Tensor:
+        """Two sums over all processes, int64 [2].
+
+        The groups with at most two non-zeros in the variable being regularised; and the weights
+        kept now and pruned at the last call, or the other way round.
+        """
+        counts = []
+        for i, part in enumerate(_parts(self.job.targets.layers)):
+            groups = _joined([self.rule.variable(self.states[t.name]) for t in part]).view(-1, 4)
+            good = (groups != 0).sum(-1, dtype=torch.uint8).le(2).sum()
+            bits = _pack_bits(ops.mask_2to4(_joined([self.weight(t) for t in part])))
+            flipped = _unpack_bits(bits ^ self.mask_bits.get(i, bits)).sum()
+            self.mask_bits[i] = bits
+            counts.append(torch.stack((good, flipped)))
+        return distributed.sum_over_processes(torch.stack(counts).sum(0))
 
 
 def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> None:
@@ -270,57 +288,99 @@ def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> 
             f"--batch-size {config.batch_size} cannot be shared out evenly to {world} processes"
         )
     order = _Order(job.tokens.shape[0], config.batch_size, config.seed)
+    tokens = job.tokens.to(device)  # all at once: 8 bytes a token are nothing beside the weights
     peak = run.rule.lr if config.lr is None else config.lr
     loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss
-    if config.memory in ("balanced", "low") and can_chunk(job.model, job.tokens[:1].to(device)):
+    if config.memory in ("balanced", "low") and can_chunk(job.model, tokens[:1]):
         loss = chunked_next_token_loss
     one = torch.ones((), device=device)
+
+    def take_step(batch: Tensor, scalars: Tensor) -> Tensor:
+        number, lr, lam = scalars.unbind()
+        run.moment = Moment(number, lr, lam, one)
+        return run.step(batch, loss)
+
     losses: list[Tensor] = []
-    run.share_flipped()
+    num_weights = sum(math.prod(t.shape) for t in job.targets.layers)
+    run.count()
     quiet = None if distributed.is_main() else True
     bar = tqdm(total=config.steps, initial=done, desc="learning", unit="step", disable=quiet)
     began = time.perf_counter()
-    for t in range(done, config.steps):
-        mine = order.indices(t)[distributed.rank() :: world]
-        batch = job.tokens[mine].to(device, non_blocking=True)
-        lr = peak * _schedule(t, config.steps)
-        run.moment = Moment(step=t + 1, progress=t / config.steps, lr=lr, grad_scale=one)
-        losses.append(run.step(batch, loss))
-        bar.update()
-        finished = t + 1 == config.steps
-        save = config.checkpoint_every > 0 and (t + 1) % config.checkpoint_every == 0
-        # Processes stop together, so they ask each other only when they talk anyway.
-        stopping = stop.is_set() and world == 1
-        if len(losses) == _METRICS_EVERY or finished or save or stopping:
-            stopping = _any(stop.is_set(), device)
-            record = {"step": t + 1, "loss": _finite_mean(job, losses, t + 1), "lr": lr}
-            record["share_2to4"] = _share_2to4(run.rule, run.states)
-            record["share_flipped"] = run.share_flipped()
-            record["tokens_per_second"] = round(
-                (t + 1 - done) * batch.numel() * world / (time.perf_counter() - began), 1
-            )
-            record["memory_gb"] = memory_gb(device)
-            losses.clear()
-            job.history.append(record)
-            if job.metrics is not None:
-                with open(job.metrics, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            if job.track is not None:
-                job.track(record)
-            bar.set_postfix(loss=f"{record['loss']:.3f}", at_2to4=f"{record['share_2to4']:.1%}")
-        if not finished and (save or stopping) and job.checkpoints is not None:
-            job.checkpoints.save(t + 1, _flatten(run.states), rows)
-        if stopping and not finished:
-            bar.close()
-            if job.checkpoints is None:
-                raise Interrupted(
-                    f"stopped after step {t + 1} of {config.steps}; nothing was saved"
+    with bar, _launched_whole(job, take_step) as step:
+        for t in range(done, config.steps):
+            mine = order.indices(t)[distributed.rank() :: world]
+            batch = tokens[mine.to(device, non_blocking=True)]
+            lr = peak * _schedule(t, config.steps)
+            lam = run.rule.lam_at(t / config.steps, lr)
+            losses.append(step(batch, torch.tensor([t + 1, lr, lam], dtype=torch.float64)))
+            bar.update()
+            finished = t + 1 == config.steps
+            save = config.checkpoint_every > 0 and (t + 1) % config.checkpoint_every == 0
+            # Processes stop together, so they ask each other only when they talk anyway.
+            stopping = stop.is_set() and world == 1
+            if len(losses) == _METRICS_EVERY or finished or save or stopping:
+                stopping = _any(stop.is_set(), device)
+                counts = run.count()  # queued before the loss is waited for
+                record = {"step": t + 1, "loss": _finite_mean(job, losses, t + 1), "lr": lr}
+                good, flipped = counts.tolist()
+                record["share_2to4"] = good / (num_weights // 4)
+                record["share_flipped"] = flipped / num_weights
+                record["tokens_per_second"] = round(
+                    (t + 1 - done) * batch.numel() * world / (time.perf_counter() - began), 1
                 )
-            raise Interrupted(
-                f"stopped after step {t + 1} of {config.steps}, saved in "
-                f"{job.checkpoints.last_path()}: run the same command with --resume to go on"
-            )
-    bar.close()
+                record["memory_gb"] = memory_gb(device)
+                losses.clear()
+                _report(job, record)
+                bar.set_postfix(loss=f"{record['loss']:.3f}", at_2to4=f"{record['share_2to4']:.1%}")
+            if not finished and (save or stopping) and job.checkpoints is not None:
+                job.checkpoints.save(t + 1, _flatten(run.states), rows)
+            if stopping and not finished:
+                if job.checkpoints is None:
+                    raise Interrupted(
+                        f"stopped after step {t + 1} of {config.steps}; nothing was saved"
+                    )
+                raise Interrupted(
+                    f"stopped after step {t + 1} of {config.steps}, saved in "
+                    f"{job.checkpoints.last_path()}: run the same command with --resume to go on"
+                )
+
+
+def _launched_whole(job: Job, step: Step) -> contextlib.AbstractContextManager[Step]:
+    """`step` as a CUDA graph, where one GPU holds the model and is to be fast."""
+    device, *others = {p.device for p in job.model.parameters()}
+    alone = not others and distributed.world_size() == 1
+    if device.type == "cuda" and alone and job.learn.memory not in ("balanced", "low"):
+        return as_graph(step, device)
+    return contextlib.nullcontext(step)
+
+
+def _report(job: Job, record: dict[str, float]) -> None:
+    job.history.append(record)
+    if job.metrics is not None:
+        with open(job.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    if job.track is not None:
+        job.track(record)
+
+
+def _parts(layers: tuple[Target, ...]) -> list[list[Target]]:
+    """Neighbouring layers together, up to `_COUNTED_AT_ONCE` weights."""
+    parts: list[list[Target]] = []
+    room = 0
+    for target in layers:
+        size = target.parameter.numel()
+        if size > room:
+            parts.append([])
+            room = _COUNTED_AT_ONCE
+        parts[-1].append(target)
+        room -= size
+    return parts
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """All elements in one dimension, 1-D; a single contiguous tensor is not copied."""
+    flat = [x.flatten() for x in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def _any(flag: bool, device: torch.device) -> bool:
@@ -355,15 +415,6 @@ def _grad_scale(layers: tuple[Target, ...], max_norm: float) -> Tensor:
     if distributed.world_size() > 1:
         total = distributed.sum_over_processes(total.square()).sqrt()
     return torch.clamp(max_norm / (total + 1e-6), max=1.0)
-
-
-def _share_2to4(rule: Rule, states: dict[str, State]) -> float:
-    """The share of groups with at most two non-zeros in the variable being regularised."""
-    groups = [rule.variable(state).reshape(-1, 4) for state in states.values()]
-    good = torch.stack([(g != 0).sum(-1, dtype=torch.uint8).le(2).sum() for g in groups]).sum()
-    total = torch.tensor(sum(g.shape[0] for g in groups), device=good.device)
-    good, total = distributed.sum_over_processes(torch.stack((good, total))).tolist()
-    return float(good / total)
 
 
 def _finite_mean(job: Job, losses: list[Tensor], last: int) -> float:

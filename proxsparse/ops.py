@@ -101,6 +101,10 @@ def implementation(op: str, backend: str) -> Callable[..., Any] | str:
 def _choose(op: str, first: Tensor) -> Callable[..., Any]:
     """The implementation for a call whose main operand is `first`."""
     forced = _forced.get()
+    if not forced and first.is_cuda and first.dtype in _FAST_DTYPES:  # in a hurry
+        found = implementation(op, "cuda")
+        if not isinstance(found, str):
+            return found
     here = _FAST.get(first.device.type, ())
     wanted = (forced,) if forced else here
     reasons = []
@@ -108,7 +112,7 @@ def _choose(op: str, first: Tensor) -> Callable[..., Any]:
         if backend == "reference":
             break
         if backend not in here:
-            found: Callable[..., Any] | str = f"its tensors are on {first.device.type}"
+            found = f"its tensors are on {first.device.type}"
         elif first.dtype not in (*_FAST_DTYPES, *_EIGHT_BIT.get(backend, ())):
             found = f"its dtype is {first.dtype}"
         else:
@@ -472,10 +476,27 @@ def sparse_linear(
     same weight, for backends that are faster with them; which a call uses is up to the backend.
     """
     _check_packed_product(x, values, codes, bias)
+    return run_sparse_linear(x, values, codes, bias, compressed, dense)
+
+
+def run_sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    compressed: Tensor | None,
+    dense: Tensor | None,
+) -> Tensor:
+    """`sparse_linear` for operands that are known to fit, in little of the host's time.
+
+    Where nobody has to see the op, neither autograd nor a compiler, it is not dispatched: what
+    runs is what the dispatcher would call.
+    """
     if type(x) is Tensor and not torch.compiler.is_compiling():
-        needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-        if not (needs_grad and torch.is_grad_enabled()):
-            # Nobody has to see the op: what the dispatcher would call, without its time.
+        is_trained = torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        if not is_trained:
             run = _choose("sparse_linear", x)
             return run(x, values, codes, bias, compressed, dense)  # type: ignore[no-any-return]
     return _op.sparse_linear(  # type: ignore[no-any-return]

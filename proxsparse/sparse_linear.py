@@ -206,15 +206,19 @@ class SparseLinear(nn.Module):
         Raises:
             ProxsparseError: another last dimension, dtype or device than the weight's.
         """
-        values, bias, compressed, dense = self.values, self.bias, self.compressed, self.dense
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        buffers: Any = self._buffers  # past nn.Module.__getattr__, which takes its time
+        values, codes, bias = buffers["values"], buffers["codes"], self._parameters["bias"]
+        compressed, dense = self.compressed, self.dense
+        if _is_autocast(x.device.type):
             # Autocast does not see into the op, so its rule is applied here: all but float64.
-            dtype = torch.get_autocast_dtype(kind)
+            dtype = torch.get_autocast_dtype(x.device.type)
             x, values, bias, dense = (_autocast(t, dtype) for t in (x, values, bias, dense))
             if values.dtype != self.values.dtype:
                 compressed = None
-        return ops.sparse_linear(x, values, self.codes, bias, compressed=compressed, dense=dense)
+        fits = x.dim() and x.shape[-1] == self.in_features and x.dtype == values.dtype
+        if fits and x.device == values.device:
+            return ops.run_sparse_linear(x, values, codes, bias, compressed, dense)
+        return ops.sparse_linear(x, values, codes, bias)  # says what does not fit
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""
@@ -268,6 +272,12 @@ def _compress(w: Tensor) -> Tensor | None:
     if not w.is_cuda or ops.can_compress(w.shape[0], w.shape[1], w.dtype):
         return None
     return ops.compress_2to4(w)
+
+
+def _is_autocast(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.is_autocast_enabled("cuda")
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _autocast(x: Any, dtype: torch.dtype) -> Any:

@@ -29,26 +29,26 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 @contextlib.contextmanager
 def as_graph(step: Step, device: torch.device) -> Iterator[Step]:
-    """Within the context, what to call instead of `step`: the same, as a graph once that is possible.
+    """Within the context, what to call in place of `step`: it is the same, and soon a graph.
 
-    The first calls are eager, on a stream of their own; the next one records. If a step cannot be
-    recorded, all are eager, and the log says why.
+    The first calls are eager, the next one records the graph and all from there on run it. If a
+    step cannot be recorded, all are eager, and the log says why.
 
     Args:
         step: a function of two tensors, the same shapes and dtypes in each call, that returns a
             0-d tensor and changes others in place. It gets them on `device`.
         device: a CUDA device; everything in the context is queued on one stream of it.
     """
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
-        with torch.cuda.stream(stream), whole_sequences():
-            yield StepGraph(step, device)
+        with torch.cuda.stream(stream), _whole_sequences():
+            yield _StepGraph(step, device)
     finally:
         torch.cuda.current_stream(device).wait_stream(stream)
 
 
-class StepGraph:
+class _StepGraph:
     """Calls a step with buffers that keep their place; see `as_graph`, which makes the stream."""
 
     def __init__(self, step: Step, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class StepGraph:
             own.copy_(x, non_blocking=True)
         self.num_calls += 1
         if self.num_calls == _EAGER_STEPS:
-            with waits_of_the_host() as places:
+            with _waits_of_the_host() as places:
                 result = self.step(*self.inputs)
             if places:
                 self._stay_eager(f"the host waits for the GPU at {places[0]}")
@@ -119,7 +119,7 @@ def _tidy_up(stream: torch.cuda.Stream, pool: Any) -> None:
 
 
 @contextlib.contextmanager
-def waits_of_the_host() -> Iterator[list[str]]:
+def _waits_of_the_host() -> Iterator[list[str]]:
     """Lists where, within the context, the host waited for the GPU, as "file:line".
 
     An attempt to capture such a step would fail in the middle, and leave torch in disorder.
@@ -139,7 +139,7 @@ def waits_of_the_host() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def whole_sequences() -> Iterator[None]:
+def _whole_sequences() -> Iterator[None]:
     """Tell transformers that each block is one sequence, in the forwards of this thread.
 
     It would read that off the positions, for which the host has to wait; and in a capture, where it
@@ -148,30 +148,23 @@ def whole_sequences() -> Iterator[None]:
     """
     from transformers import masking_utils
 
-    find: Any = getattr(masking_utils, "find_packed_sequence_indices", None)
-    is_tracing: Any = getattr(masking_utils, "is_tracing", None)
-    own = threading.get_ident()
+    here = threading.get_ident()
 
-    def find_none(position_ids: Tensor) -> Tensor | None:
-        return None if threading.get_ident() == own else find(position_ids)
+    def find_none(position_ids: Tensor) -> Any:
+        find = theirs["find_packed_sequence_indices"]
+        return None if threading.get_ident() == here else find(position_ids)
 
-    def reads_data(tensor: Any = None) -> Any:
+    def reads_no_data(tensor: Any = None) -> Any:
         """Without a padding mask there is nothing to read, and a capture is as good as a run."""
         capturing = tensor is None and torch.cuda.is_current_stream_capturing()
-        return not capturing and is_tracing(tensor)
+        return not capturing and theirs["is_tracing"](tensor)
 
-    replaced = {
-        name: (before, after)
-        for name, before, after in (
-            ("find_packed_sequence_indices", find, find_none),
-            ("is_tracing", is_tracing, reads_data),
-        )
-        if before is not None
-    }
+    ours = {"find_packed_sequence_indices": find_none, "is_tracing": reads_no_data}
+    theirs = {name: getattr(masking_utils, name) for name in ours if hasattr(masking_utils, name)}
     try:
-        for name, (_, after) in replaced.items():
-            setattr(masking_utils, name, after)
+        for name in theirs:
+            setattr(masking_utils, name, ours[name])
         yield
     finally:
-        for name, (before, _) in replaced.items():
-            setattr(masking_utils, name, before)
+        for name, function in theirs.items():
+            setattr(masking_utils, name, function)

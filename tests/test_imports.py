@@ -40,7 +40,7 @@ LAYERS = (
     ("targets", "precision", "corpus"),
     ("distributed",),
     ("checkpoint",),
-    ("masks", "observe", "calibration", "loading", "streaming"),
+    ("masks", "observe", "calibration", "loading", "streaming", "step_graph"),
     ("hf", "patch"),
     ("evaluate", "layerwise", "memory"),
     ("learn",),

@@ -152,6 +152,20 @@ def test_history_counts_groups_that_are_2to4(tiny_model: Any) -> None:
     assert shares[0] < shares[-1] and shares[-1] > 0.9
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_counts_are_the_same_layer_by_layer(tiny_model: Any, name: str, monkeypatch: Any) -> None:
+    def shares() -> list[tuple[float, float]]:
+        job = make_job(tiny_model(name), "gates", steps=20, checkpoint_every=5, lam=20.0)
+        METHODS["gates"].run(job)
+        return [(record["share_2to4"], record["share_flipped"]) for record in job.history]
+
+    together = shares()
+    assert len(learning._parts(find_targets(tiny_model(name)).layers)) == 1
+    monkeypatch.setattr(learning, "_COUNTED_AT_ONCE", 1)
+    assert len(learning._parts(find_targets(tiny_model(name)).layers)) > 1
+    assert shares() == together
+
+
 def test_schedule_warms_up_and_decays() -> None:
     lrs = [learning._schedule(t, 400) for t in range(400)]
     assert lrs[0] == 1 / 40 and lrs[39] == 1.0 and max(lrs) == 1.0

@@ -59,7 +59,6 @@ struct Shape {
   static constexpr int kColumnWarps =
       8 / kRowWarps < columns / kStep ? 8 / kRowWarps : columns / kStep;
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
-  static constexpr int kWeightThreads = kThreads - 32 * (token_tiles > 2 ? 2 : 1);
   static constexpr int kValueBytes = columns, kTokenBytes = 2 * columns;  // of a row
   static constexpr int kCodeBytes = columns / kCodeColumns * kCodeTile;   // of 64 rows
   static constexpr int kCodesAt = rows * kValueBytes;
@@ -119,57 +118,60 @@ __global__ void __launch_bounds__(S::kThreads)
     return codes + (tile_row * (K / kCodeColumns) + column / kCodeColumns) * kCodeTile;
   };
 
-  // Blocks take the chunks in turn, each from another one on: else all of them would ask the L2
-  // cache for the same columns of the tokens at the same time.
-  const int count = end - begin, turn = count > 0 ? blockIdx.x / splits % count : 0;
-  const auto chunk_at = [&](int i) { return begin + (i + turn) % count; };
-
-  // Of an asynchronous copy's arrival only the thread that asked for it learns, and of all its
-  // copies in order. So that no weight waits for tokens, different warps load them.
-  const bool loads_weight = thread < S::kWeightThreads;
-  const auto load = [&](int i) {
-    unsigned char* stage = shared + i % S::kStages * S::kStageBytes;
-    const int column = chunk_at(i) * S::kColumns, left = min(S::kColumns, K - column);
-    if (loads_weight) {
-      constexpr int kValuePieces = S::kValueBytes / kPiece;
+  // Chunk i of the weight, and of the tokens, by `stride` threads of which this is number `first`.
+  const auto stage_of = [&](int i) { return shared + i % S::kStages * S::kStageBytes; };
+  const auto load_weight = [&](int i, int first, auto stride) {
+    constexpr int kStride = decltype(stride)::value;
+    const int column = (begin + i) * S::kColumns, left = min(S::kColumns, K - column);
+    constexpr int kValuePieces = S::kValueBytes / kPiece;
 #pragma unroll
-      for (int j = thread; j < S::kRows * kValuePieces; j += S::kWeightThreads) {
-        const int row = j / kValuePieces, piece = j % kValuePieces;
-        if (piece * kPiece < left) {
-          copy_weight(stage + swizzled<S::kValueBytes>(row, piece),
-                      values_of(first_row + row, column) + piece * kPiece);
-        }
+    for (int j = first; j < S::kRows * kValuePieces; j += kStride) {
+      const int row = j / kValuePieces, piece = j % kValuePieces;
+      if (piece * kPiece < left) {
+        copy_weight(stage_of(i) + swizzled<S::kValueBytes>(row, piece),
+                    values_of(first_row + row, column) + piece * kPiece);
       }
-      constexpr int kCodePieces = S::kCodeBytes / kPiece;
+    }
+    constexpr int kCodePieces = S::kCodeBytes / kPiece;
 #pragma unroll
-      for (int j = thread; j < S::kRows / kCodeRows * kCodePieces; j += S::kWeightThreads) {
-        const int block = j / kCodePieces, piece = j % kCodePieces;
-        if (piece * (kCodeColumns * kPiece / kCodeTile) < left) {
-          copy_weight(stage + S::kCodesAt + block * S::kCodeBytes + swizzled_codes(piece),
-                      codes_of(first_row + block * kCodeRows, column) + piece * kPiece);
-        }
+    for (int j = first; j < S::kRows / kCodeRows * kCodePieces; j += kStride) {
+      const int block = j / kCodePieces, piece = j % kCodePieces;
+      if (piece * (kCodeColumns * kPiece / kCodeTile) < left) {
+        copy_weight(stage_of(i) + S::kCodesAt + block * S::kCodeBytes + swizzled_codes(piece),
+                    codes_of(first_row + block * kCodeRows, column) + piece * kPiece);
       }
-    } else {
-      constexpr int kTokenPieces = S::kTokenBytes / kPiece;
-      constexpr int kTokenThreads = S::kThreads - S::kWeightThreads;
-#pragma unroll 4
-      for (int j = thread - S::kWeightThreads; j < S::kTokens * kTokenPieces; j += kTokenThreads) {
-        const int token = j / kTokenPieces, piece = j % kTokenPieces;
-        const bool exists = token < M;
-        if (piece * 8 < left) {
-          copy_tokens(stage + S::kTokensAt + swizzled<S::kTokenBytes>(token, piece),
-                      x + (exists ? token * x_stride + column + piece * 8 : 0), exists);
-        }
+    }
+  };
+  const auto load_tokens = [&](int i, int first, auto stride) {
+    constexpr int kStride = decltype(stride)::value;
+    const int column = (begin + i) * S::kColumns, left = min(S::kColumns, K - column);
+    constexpr int kTokenPieces = S::kTokenBytes / kPiece;
+#pragma unroll 8
+    for (int j = first; j < S::kTokens * kTokenPieces; j += kStride) {
+      const int token = j / kTokenPieces, piece = j % kTokenPieces;
+      const bool exists = token < M;
+      if (piece * 8 < left) {
+        copy_tokens(stage_of(i) + S::kTokensAt + swizzled<S::kTokenBytes>(token, piece),
+                    x + (exists ? token * x_stride + column + piece * 8 : 0), exists);
       }
     }
   };
 
   // The weight does not depend on the kernel before, so its first chunks are under way while that
-  // one ends. The tokens, and memory to write to, may be that kernel's until it has.
+  // one ends. The tokens, and memory to write to, may be that kernel's until it has. Copies arrive
+  // for the thread that asked for them, and in order: so that no weight waits for tokens, different
+  // warps ask here.
+  constexpr int kTokenThreads = S::kThreads / 4, kWeightThreads = S::kThreads - kTokenThreads;
+  const int count = end - begin;
+  const bool loads_weight = thread < kWeightThreads;
   let_next_grid_start();
   if (!loads_weight) wait_for_previous_grid();
   for (int i = 0; i < S::kStages - 1; ++i) {
-    if (i < count) load(i);
+    if (i < count && loads_weight) {
+      load_weight(i, thread, std::integral_constant<int, kWeightThreads>());
+    } else if (i < count) {
+      load_tokens(i, thread - kWeightThreads, std::integral_constant<int, kTokenThreads>());
+    }
     commit_copies();
   }
   if (loads_weight) wait_for_previous_grid();
@@ -180,11 +182,15 @@ __global__ void __launch_bounds__(S::kThreads)
   for (int i = 0; i < count; ++i) {
     wait_for_copies<S::kStages - 2>();
     __syncthreads();  // this chunk has arrived, and all warps are done with the one before it
-    if (i + S::kStages - 1 < count) load(i + S::kStages - 1);
+    if (i + S::kStages - 1 < count) {
+      constexpr std::integral_constant<int, S::kThreads> kAll;
+      load_weight(i + S::kStages - 1, thread, kAll);
+      load_tokens(i + S::kStages - 1, thread, kAll);
+    }
     commit_copies();
 
-    const unsigned char* stage = shared + i % S::kStages * S::kStageBytes;
-    const int steps = min(S::kColumns, K - chunk_at(i) * S::kColumns) / kStep;
+    const unsigned char* stage = stage_of(i);
+    const int steps = min(S::kColumns, K - (begin + i) * S::kColumns) / kStep;
     for (int step = column_warp; step < steps; step += S::kColumnWarps) {
       std::uint32_t metadata[S::kRowTiles];
 #pragma unroll
@@ -401,7 +407,10 @@ DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
       layout.splits *= 2;
     }
   }
-  if (layout.depth == 0) layout.depth = blocks * layout.splits <= most ? 2 : 1;
+  if (layout.depth == 0) {
+    // Large clusters of blocks that fill a multiprocessor each leave some of them empty.
+    layout.depth = blocks * layout.splits <= most && layout.splits <= 2 ? 2 : 1;
+  }
   return layout;
 }
 

@@ -66,6 +66,9 @@ class _Gates(Rule):
             "seed": torch.tensor(zlib.crc32(f"{self.seed}/{target.name}".encode()) >> 1),
         }
 
+    def lam_at(self, progress: float, lr: float) -> float:
+        return self.lam_per_step * progress
+
     def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
         _fill(out, lambda x: ops.gate_project_(state["s"], w0, state["act_norm"], x))
 
@@ -82,7 +85,7 @@ class _Gates(Rule):
                 state["act_norm"],
                 step=moment.step,
                 lr=moment.lr,
-                lam=self.lam_per_step * moment.progress,
+                lam=moment.lam,
                 grad_scale=moment.grad_scale,
                 out=out,
                 hard=True,

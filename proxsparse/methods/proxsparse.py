@@ -42,6 +42,9 @@ class _ProxAdamW(Rule):
         p = target.weight().detach().contiguous()  # the parameter itself, unless stored transposed
         return {"p": p, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
 
+    def lam_at(self, progress: float, lr: float) -> float:
+        return self.lam if self.options.lam_scaling == "raw" else self.lam * lr / self.peak
+
     def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
         if state["p"].data_ptr() != out.data_ptr():
             out.copy_(state["p"])
@@ -49,7 +52,6 @@ class _ProxAdamW(Rule):
     def update_(
         self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
     ) -> None:
-        raw = self.options.lam_scaling == "raw"
         ops.prox_adamw_(
             state["p"],
             grad,
@@ -57,7 +59,7 @@ class _ProxAdamW(Rule):
             state["v"],
             step=moment.step,
             lr=moment.lr,
-            lam=self.lam if raw else self.lam * moment.lr / self.peak,
+            lam=moment.lam,
             grad_scale=moment.grad_scale,
             w0=w0 if self.options.lam2 != 0 else None,
             lam2=self.options.lam2,
