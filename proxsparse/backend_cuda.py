@@ -220,6 +220,10 @@ def _decide(
         name = str(x.dtype).removeprefix("torch.")
         cell = tuning.Cell(n, k, bucket, name, bias is not None)
         record = tuning.table_for(device).get(cell)
+    if record is None and dense is not None and not _cuda.has_decode:
+        available.discard(
+            "decode"
+        )  # Triton's stand-in seldom beats dense: only where it was seen to
     return executor(tuning.choose(record, tokens, available), device, x.dtype, n, k, bias)
 
 
@@ -310,12 +314,13 @@ class CuSparseLt:
         if bias is not None:
             bias = _aligned(bias)
         stream = _stream(self._device)
-        workspace = _workspace(self._device, stream, self._workspace_bytes)
+        size = self._workspace_bytes
+        workspace = _workspace(self._device, stream, size) if size else out
         operands = (
             *(padded, compressed.data_ptr(), compressed.numel(), rows.data_ptr()),
             *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
         )
-        needed = self.launch(*operands, workspace.data_ptr(), workspace.numel(), stream)
+        needed = self.launch(*operands, workspace.data_ptr(), size, stream)
         if needed:
             self._workspace_bytes = needed
             workspace = _workspace(self._device, stream, needed)
