@@ -1,12 +1,13 @@
 """A whole model, dense and then sparse: reading a prompt, decoding, memory, conversion, logits.
 
     python benchmarks/bench_model.py [--memory min|fast] [--batches B ...] [--tokens M]
-        [--tune-seconds S] [--config FILE] [--out DIR]
+        [--compile] [--tune-seconds S] [--config FILE] [--out DIR]
     python benchmarks/bench_model.py --tiny        # the same on a toy, anywhere
 
 The model has Llama-3.1-8B's shape and random weights, made on the device and projected to 2:4 in
 place, so that dense and sparse compute the same. Both run on the same stack: transformers, its sdpa
-attention, and for decoding `proxsparse.generation.Decoder`, on a GPU as a CUDA graph. A decode step
+attention, and for decoding `proxsparse.generation.Decoder`, on a GPU as a CUDA graph, with
+`--compile` of kernels that torch.compile has fused. A decode step
 cannot be faster than its weights and its cache can be read, dense or packed; these limits are
 printed beside what was measured. The sparse model's logits are compared first; the yardstick is how
 far the dense model's logits move when a second sequence joins the batch.
@@ -113,7 +114,7 @@ def measure(model: Any, kind: str, args: argparse.Namespace, bandwidth: float) -
     rows = [row_of("prefill", 1, kind, "eager", args.tokens, seconds, None)]
     weights = bytes_read(model)
     for batch in args.batches:
-        decoder = Decoder(model, batch, PROMPT + steps + 1)
+        decoder = Decoder(model, batch, PROMPT + steps + 1, compile=args.compile)
         prompt = random_tokens(model, batch, PROMPT)
 
         def decode(decoder: Decoder = decoder) -> None:
@@ -236,6 +237,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="for decoding")
     parser.add_argument("--steps", type=int, default=64, help="decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="decode through torch.compile")
     parser.add_argument("--tune-seconds", type=float, default=300, help="0: no tuning")
     parser.add_argument("--config", type=Path, help="config.json of another causal LM")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
@@ -310,6 +312,7 @@ def main() -> None:
         "rows": rows,
     }
     out, name = args.out or results_directory(), "model_tiny" if args.tiny else "model"
+    name += "_compiled" if args.compile else ""
     out.mkdir(parents=True, exist_ok=True)
     with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -344,6 +344,9 @@ def generate(
         bool, typer.Option("--compare/--sparse-only", help="Run the dense model first, too.")
     ] = True,
     memory: _Memory = "min",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Fuse small kernels first; takes a minute or more.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     console: Console,
 ) -> dict[str, Any]:
@@ -362,6 +365,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         compare=compare,
         memory=memory,
+        compile=compile,
         device=device,
     )
     table = Table(

@@ -46,20 +46,25 @@ class Decoder:
         model: a Hugging Face causal LM on one device, in eval mode.
         batch_size: sequences, B.
         max_tokens: of a sequence, prompt and new ones, at least 2.
+        compile: whether `torch.compile` fuses the small kernels of a step first.
 
     Attributes:
         tokens: int64 [B, max_tokens] on the device; the first `length` columns are filled.
         length: tokens of each sequence so far.
         mode: "cuda graph" or "static cache"; on CUDA the latter is followed by the reason.
 
-    Cost: a few steps, to warm up; memory for the cache and, in a graph, a step's activations.
+    Cost: a few steps, to warm up; to compile a large model takes a minute. Memory for the cache
+    and, in a graph, a step's activations.
 
     Raises:
         NoStaticCache: the model keeps a state that is no static cache, or fails with one.
     """
 
-    def __init__(self, model: Any, batch_size: int, max_tokens: int) -> None:
+    def __init__(
+        self, model: Any, batch_size: int, max_tokens: int, *, compile: bool = False
+    ) -> None:
         self._model, self._cache = model, _make_cache(model, max_tokens)
+        self._model_of_step = torch.compile(model) if compile else model
         device = model.device
         self.tokens = torch.zeros(batch_size, max_tokens, dtype=torch.long, device=device)
         self.length = 0
@@ -107,7 +112,7 @@ class Decoder:
         self._reset()
         self.tokens[:, :length] = input_ids
         positions = torch.arange(length, device=self.tokens.device)
-        self.tokens[:, length] = self._predict(input_ids, positions, None)
+        self.tokens[:, length] = self._predict(self._model, input_ids, positions, None)
         self._position.fill_(length)
         self.length = length + 1
 
@@ -138,18 +143,21 @@ class Decoder:
     def _advance(self) -> None:
         """Reads the token at `_position`, writes the next one and moves on; all on the device."""
         last = self.tokens.index_select(1, self._position)
-        following = self._predict(last, self._position, self._attention_mask)
+        model = self._model_of_step
+        following = self._predict(model, last, self._position, self._attention_mask)
         self._position.add_(1)
         self.tokens.index_copy_(1, self._position, following[:, None])
 
-    def _predict(self, input_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    def _predict(
+        self, model: Any, input_ids: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """The most likely token [B] after input_ids [B, L] at positions [L]."""
         arguments = {
             "position_ids": positions.expand(len(input_ids), -1),
             "cache_position": positions,  # until transformers 5 the cache does not count itself
             "logits_to_keep": 1,
         }
-        output = self._model(
+        output = model(
             input_ids=input_ids,
             attention_mask=mask,
             past_key_values=self._cache,
@@ -248,7 +256,9 @@ class Decoded:
     num_steps: int
 
 
-def decode_greedily(model: Any, input_ids: Tensor, max_new_tokens: int) -> Decoded:
+def decode_greedily(
+    model: Any, input_ids: Tensor, max_new_tokens: int, *, compile: bool = False
+) -> Decoded:
     """Continue prompts of one length with the most likely tokens, after a warm-up.
 
     Args:
@@ -256,12 +266,13 @@ def decode_greedily(model: Any, input_ids: Tensor, max_new_tokens: int) -> Decod
             which tokens end a sequence; where transformers decodes, the rest of it applies too.
         input_ids: int64 [B, L] on the model's device, no padding.
         max_new_tokens: of each sequence, at least 1.
+        compile: see `Decoder`.
     """
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     batch_size, length = input_ids.shape
     try:
-        decoder = Decoder(model, batch_size, length + max_new_tokens)
+        decoder = Decoder(model, batch_size, length + max_new_tokens, compile=compile)
     except NoStaticCache as error:
         return _decode_with_transformers(model, input_ids, max_new_tokens, ends, str(error))
     decoder.prefill(input_ids)
@@ -342,6 +353,7 @@ def generate(
     max_new_tokens: int = 32,
     compare: bool = True,
     memory: str = "min",
+    compile: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Continue a prompt greedily with a pruned model, dense and then sparse.
@@ -352,6 +364,7 @@ def generate(
         max_new_tokens: tokens to generate at most.
         compare: whether to run the dense model too; it needs its memory.
         memory: of the sparse layers, "min" or "fast", see `sparse_linear`.
+        compile: whether both runs fuse their small kernels with `torch.compile`.
         device: "auto" or a torch device.
 
     Returns:
@@ -375,9 +388,9 @@ def generate(
     runs: dict[str, dict[str, Any]] = {}
     if compare:
         densify_(loaded.model)
-        runs["dense"] = _run(loaded, input_ids, max_new_tokens)
+        runs["dense"] = _run(loaded, input_ids, max_new_tokens, compile)
     report = sparsify_(loaded.model, memory=memory)
-    runs["sparse"] = _run(loaded, input_ids, max_new_tokens)
+    runs["sparse"] = _run(loaded, input_ids, max_new_tokens, compile)
     tokens = [run.pop("tokens") for run in runs.values()]
     speeds = [run["tokens_per_second"] for run in runs.values()]
     return {
@@ -390,9 +403,11 @@ def generate(
     }
 
 
-def _run(loaded: LoadedModel, input_ids: Tensor, max_new_tokens: int) -> dict[str, Any]:
+def _run(
+    loaded: LoadedModel, input_ids: Tensor, max_new_tokens: int, compile: bool
+) -> dict[str, Any]:
     model = loaded.model
-    decoded = decode_greedily(model, input_ids, max_new_tokens)
+    decoded = decode_greedily(model, input_ids, max_new_tokens, compile=compile)
     tokens = decoded.tokens[0]
     seconds = decoded.prefill_seconds + decoded.decode_seconds
     steps = decoded.num_steps

@@ -214,3 +214,13 @@ def test_what_reads_back_is_not_captured(lively: TinyModel) -> None:
     assert decoded.decoding.startswith("static cache: ") and decoded.tokens == tokens
     torch.cuda.empty_cache()
     torch.randn(8, device="cuda").sum().item()  # the device is none the worse for it
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_gives_what_the_step_gives(lively: TinyModel) -> None:
+    model = prune_(lively("llama")).cuda()
+    sparsify_(model)
+    x = prompts(model)
+    plain, compiled = (decode_greedily(model, x, 12, compile=flag) for flag in (False, True))
+    assert compiled.decoding == plain.decoding == "cuda graph"
+    assert compiled.tokens == plain.tokens
