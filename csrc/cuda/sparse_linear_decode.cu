@@ -68,6 +68,8 @@ struct Shape {
   static constexpr int kSumBytes = kColumnWarps * kTokens * kSumStride * 4;
   static constexpr int kSharedBytes =
       stages * kStageBytes > kSumBytes ? stages * kStageBytes : kSumBytes;
+  // On a multiprocessor, for which registers are set aside; the sums of many tokens need them all.
+  static constexpr int kBlocks = 2 * kSharedBytes <= 227 * 1024 && token_tiles <= 4 ? 2 : 1;
 };
 
 // Where piece `index` of row `row` lies: pieces are exchanged within a row so that the same piece
@@ -93,7 +95,7 @@ __device__ __forceinline__ std::uint32_t metadata_of(uint2 bytes, int i) {
 }
 
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     sparse_linear_decode_kernel(const typename S::T* __restrict__ x,
                                 const typename S::T* __restrict__ values,
                                 const std::uint8_t* __restrict__ codes,
@@ -108,13 +110,14 @@ __global__ void __launch_bounds__(S::kThreads)
   const int num_chunks = (K + S::kColumns - 1) / S::kColumns;
   const int begin = num_chunks * part / splits, end = num_chunks * (part + 1) / splits;
 
-  // Rows past the last repeat it: they are computed and not stored.
+  // Rows past the last repeat it: they are computed and not stored. Offsets have 32 bits, since
+  // each thread keeps several: `sparse_linear_decode` refuses larger weights.
   const auto values_of = [&](int row, int column) {
-    return reinterpret_cast<const unsigned char*>(values) +
-           static_cast<std::int64_t>(min(row, N - 1)) * K + column;
+    const std::uint32_t offset = static_cast<std::uint32_t>(min(row, N - 1)) * K + column;
+    return reinterpret_cast<const unsigned char*>(values) + offset;
   };
   const auto codes_of = [&](int row, int column) {
-    const std::int64_t tile_row = min(row, N - 1) / kCodeRows;
+    const std::uint32_t tile_row = min(row, N - 1) / kCodeRows;
     return codes + (tile_row * (K / kCodeColumns) + column / kCodeColumns) * kCodeTile;
   };
 
@@ -357,14 +360,16 @@ constexpr int stages(bool deep) {
 template <typename T, int token_tiles>
 const char* launch_for_tokens(const DecodeCall& call, int index, const Device& device,
                               DecodeLayout layout) {
-  // Two row tiles a warp read the tokens from shared memory half as often.
+  // Two row tiles a warp read the tokens from shared memory half as often, four a quarter as often.
   constexpr int kRowTiles = token_tiles > 2 ? 2 : 1;
+  constexpr int kManyTiles = token_tiles > 4 ? 4 : kRowTiles;
+  constexpr int kTiles256 = token_tiles > 4 ? 4 : 2;
   const auto fits = [&](int bytes) { return bytes <= device.shared_bytes; };
   using Deep64 = Shape<T, 64, kRowTiles, token_tiles, 256, stages<64, token_tiles>(true)>;
   using Half64 = Shape<T, 64, kRowTiles, token_tiles, 256, stages<64, token_tiles>(false)>;
-  using Deep128 = Shape<T, 128, kRowTiles, token_tiles, 256, stages<128, token_tiles>(true)>;
-  using Half128 = Shape<T, 128, kRowTiles, token_tiles, 256, stages<128, token_tiles>(false)>;
-  using Deep256 = Shape<T, 256, 2, token_tiles, 128, stages<256, token_tiles, 128>(true)>;
+  using Deep128 = Shape<T, 128, kManyTiles, token_tiles, 256, stages<128, token_tiles>(true)>;
+  using Half128 = Shape<T, 128, kManyTiles, token_tiles, 256, stages<128, token_tiles>(false)>;
+  using Deep256 = Shape<T, 256, kTiles256, token_tiles, 128, stages<256, token_tiles, 128>(true)>;
   using Small = Shape<T, 64, kRowTiles, token_tiles, 128, 3>;  // for GPUs with less memory
   if (layout.rows == 256 && fits(Deep256::kSharedBytes)) {
     return launch<Deep256>(call, index, device, layout.splits);
@@ -428,6 +433,9 @@ const char* launch_for_type(const DecodeCall& call, int index, const Device& dev
 const char* sparse_linear_decode(const DecodeCall& call) {
   if (call.tokens < 1 || call.tokens > kMaxDecodeTokens) return "1 to 64 tokens are supported";
   if (call.in_features % kStep != 0) return "in_features must be a multiple of 64";
+  if (static_cast<std::int64_t>(call.out_features) * call.in_features >= std::int64_t{1} << 32) {
+    return "a weight must have fewer than 2^32 entries";
+  }
   const auto misaligned = [](const void* p) {
     return reinterpret_cast<std::uintptr_t>(p) % kPiece != 0;
   };
