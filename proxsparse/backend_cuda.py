@@ -165,13 +165,35 @@ def sparse_linear_cuda(
         RuntimeError: the library failed; its text, the call and the shapes are named.
     """
     n, half = values.shape
-    k, device = 2 * half, x.get_device()
-    tokens = x.numel() // k if k else 0
-    if tokens == 0 or n == 0:
-        return torch.nn.functional.linear(x, x.new_zeros(n, k), bias)
+    if not x.numel() or not n:
+        return torch.nn.functional.linear(x, x.new_zeros(n, 2 * half), bias)
+    run = find_run(x, values, codes, bias, compressed, dense)
+    device = x.get_device()
+    if torch.cuda.current_device() == device:
+        return run(x, values, codes, bias, compressed, dense)
+    with torch.cuda.device(device):
+        return run(x, values, codes, bias, compressed, dense)
+
+
+def find_run(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    compressed: Tensor | None,
+    dense: Tensor | None,
+) -> _Run:
+    """What runs for operands like these; called with x's device current, it may serve them.
+
+    Raises:
+        ProxsparseError: dtypes or devices do not agree.
+    """
+    n, half = values.shape
+    tokens = x.numel() // (2 * half)
     # What must agree but differs is a key of its own, and refused when it is first seen.
     key = (
-        *(device, x.dtype, values.dtype, n, k, bisect.bisect_left(tuning.BUCKETS, tokens)),
+        *(x.get_device(), x.dtype, values.dtype, n, half),
+        bisect.bisect_left(tuning.BUCKETS, tokens),
         tokens in _BUCKETS,  # the end of a range is decided by itself
         None if bias is None else bias.dtype,
         None if compressed is None else compressed.get_device(),
@@ -180,10 +202,7 @@ def sparse_linear_cuda(
     run: _Run | None = tuning.decisions.get(key)
     if run is None:
         run = tuning.decisions[key] = _decide(x, values, bias, compressed, dense, tokens)
-    if torch.cuda.current_device() == device:
-        return run(x, values, codes, bias, compressed, dense)
-    with torch.cuda.device(device):
-        return run(x, values, codes, bias, compressed, dense)
+    return run
 
 
 def _decide(

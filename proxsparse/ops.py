@@ -101,10 +101,6 @@ def implementation(op: str, backend: str) -> Callable[..., Any] | str:
 def _choose(op: str, first: Tensor) -> Callable[..., Any]:
     """The implementation for a call whose main operand is `first`."""
     forced = _forced.get()
-    if not forced and first.is_cuda and first.dtype in _FAST_DTYPES:  # in a hurry
-        found = implementation(op, "cuda")
-        if not isinstance(found, str):
-            return found
     here = _FAST.get(first.device.type, ())
     wanted = (forced,) if forced else here
     reasons = []
@@ -112,7 +108,7 @@ def _choose(op: str, first: Tensor) -> Callable[..., Any]:
         if backend == "reference":
             break
         if backend not in here:
-            found = f"its tensors are on {first.device.type}"
+            found: Callable[..., Any] | str = f"its tensors are on {first.device.type}"
         elif first.dtype not in (*_FAST_DTYPES, *_EIGHT_BIT.get(backend, ())):
             found = f"its dtype is {first.dtype}"
         else:
@@ -476,32 +472,45 @@ def sparse_linear(
     same weight, for backends that are faster with them; which a call uses is up to the backend.
     """
     _check_packed_product(x, values, codes, bias)
-    return run_sparse_linear(x, values, codes, bias, compressed, dense)
+    return _op.sparse_linear(  # type: ignore[no-any-return]
+        x, values, codes, bias, compressed, dense
+    )
 
 
-def run_sparse_linear(
+def eager_key(x: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
+    """What decides how `sparse_linear` runs on one weight, where nobody has to see the op.
+
+    None where the dispatcher is needed: for autograd, a compiler or a tensor subclass; where a
+    backend was asked for, autocast is on or another GPU is current; and off CUDA.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cuda or _forced.get():
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
+    device = x.get_device()
+    if torch.is_autocast_enabled("cuda") or torch.cuda.current_device() != device:
+        return None
+    return x.shape, x.dtype, device
+
+
+def settled_sparse_linear(
     x: Tensor,
     values: Tensor,
     codes: Tensor,
     bias: Tensor | None,
     compressed: Tensor | None,
     dense: Tensor | None,
-) -> Tensor:
-    """`sparse_linear` for operands that are known to fit, in little of the host's time.
+) -> Callable[..., Tensor] | None:
+    """What `sparse_linear` runs for these operands, to be called with them or with their like.
 
-    Where nobody has to see the op, neither autograd nor a compiler, it is not dispatched: what
-    runs is what the dispatcher would call.
+    "Their like" are operands of the same shapes, dtypes and devices, while `eager_key` of x and
+    bias is the same. None where that is not decided once for all.
     """
-    if type(x) is Tensor and not torch.compiler.is_compiling():
-        is_trained = torch.is_grad_enabled() and (
-            x.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        if not is_trained:
-            run = _choose("sparse_linear", x)
-            return run(x, values, codes, bias, compressed, dense)  # type: ignore[no-any-return]
-    return _op.sparse_linear(  # type: ignore[no-any-return]
-        x, values, codes, bias, compressed, dense
-    )
+    if isinstance(implementation("sparse_linear", "cuda"), str) or not x.numel():
+        return None
+    backend = importlib.import_module("proxsparse.backend_cuda")
+    run: Callable[..., Tensor] = backend.find_run(x, values, codes, bias, compressed, dense)
+    return run
 
 
 def sparse_linear_decode(

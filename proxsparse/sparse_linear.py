@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxsparse import ops
+from proxsparse import ops, tuning
 from proxsparse.errors import ProxsparseError
 
 MEMORY = ("min", "fast")
+_MAX_RUNS = 256  # shapes of inputs that a layer remembers how to run
 
 
 class SparseLinear(nn.Module):
@@ -78,6 +79,9 @@ class SparseLinear(nn.Module):
         self.is_conv1d = is_conv1d
         self.register_buffer("values", values)
         self.register_buffer("codes", codes)
+        # How calls run that nothing but the GPU has to see, by `ops.eager_key`; and as of when.
+        self._runs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+        self._generation = tuning.generation
         # No buffers: libraries that place or offload a model's buffers do not expect absent ones.
         self.compressed: Tensor | None = None
         self.dense: Tensor | None = None
@@ -158,6 +162,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def refresh_(self) -> None:
         """Build the other forms of the weight anew, after `values` or `codes` were written to."""
+        self._runs.clear()
         self.compressed = self.dense = None
         if self.values.is_meta or self.codes.is_meta:
             return
@@ -206,19 +211,39 @@ class SparseLinear(nn.Module):
         Raises:
             ProxsparseError: another last dimension, dtype or device than the weight's.
         """
-        buffers: Any = self._buffers  # past nn.Module.__getattr__, which takes its time
-        values, codes, bias = buffers["values"], buffers["codes"], self._parameters["bias"]
-        compressed, dense = self.compressed, self.dense
-        if _is_autocast(x.device.type):
+        bias = self._parameters["bias"]  # past nn.Module.__getattr__, which takes its time
+        key = ops.eager_key(x, bias)
+        run = None if key is None else self._runs.get(key)
+        if run is not None and self._generation == tuning.generation:
+            forms: Any = self._buffers
+            y: Tensor = run(x, forms["values"], forms["codes"], bias, self.compressed, self.dense)
+            return y
+        values, compressed, dense = self.values, self.compressed, self.dense
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             # Autocast does not see into the op, so its rule is applied here: all but float64.
-            dtype = torch.get_autocast_dtype(x.device.type)
+            dtype = torch.get_autocast_dtype(kind)
             x, values, bias, dense = (_autocast(t, dtype) for t in (x, values, bias, dense))
             if values.dtype != self.values.dtype:
                 compressed = None
-        fits = x.dim() and x.shape[-1] == self.in_features and x.dtype == values.dtype
-        if fits and x.device == values.device:
-            return ops.run_sparse_linear(x, values, codes, bias, compressed, dense)
-        return ops.sparse_linear(x, values, codes, bias)  # says what does not fit
+        y = ops.sparse_linear(x, values, self.codes, bias, compressed=compressed, dense=dense)
+        if key is not None:
+            self._remember(key, x)
+        return y
+
+    def _remember(self, key: tuple[Any, ...], x: Tensor) -> None:
+        """Next time a call like this one goes straight to what runs it."""
+        forms = self.values, self.codes, self.bias, self.compressed, self.dense
+        run = ops.settled_sparse_linear(x, *forms)
+        if run is None:
+            return
+        if len(self._runs) >= _MAX_RUNS or self._generation != tuning.generation:
+            self._runs.clear()
+            self._generation = tuning.generation
+        self._runs[key] = run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": {}}  # they belong to this process
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""
@@ -272,12 +297,6 @@ def _compress(w: Tensor) -> Tensor | None:
     if not w.is_cuda or ops.can_compress(w.shape[0], w.shape[1], w.dtype):
         return None
     return ops.compress_2to4(w)
-
-
-def _is_autocast(kind: str) -> bool:
-    if kind == "cuda":
-        return torch.is_autocast_enabled("cuda")
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _autocast(x: Any, dtype: torch.dtype) -> Any:

@@ -412,8 +412,10 @@ def known_speedups(
     return known
 
 
-# What the backend has decided, by its own keys; emptied when a table changes.
+# What the backend has decided, by its own keys; emptied when a table changes, and the generation
+# counts how often that was.
 decisions: dict[Any, Any] = {}
+generation = 0
 
 # -- measuring
 # -----------------------------------------------------------------------------------
@@ -824,5 +826,12 @@ def tune_layers(
         report = tune(
             table_for(device), cells, worker, seconds=seconds, show_progress=show_progress
         )
-    decisions.clear()
+    forget_decisions()
     return report
+
+
+def forget_decisions() -> None:
+    """Let everything be decided anew, by what the tables hold now."""
+    global generation
+    decisions.clear()
+    generation += 1
