@@ -109,7 +109,12 @@ def main() -> None:
         )
         result = {
             **describe_run(),
-            "settings": {**vars(args), "data": str(args.data), "out": None},
+            "settings": {
+                **vars(args),
+                "model": Path(args.model).name,
+                "data": args.data.name,
+                "out": None,
+            },
             "summary": summarize(rows, masks) if mode == args.modes[-1] else {},
             "rows": rows,
         }

@@ -163,7 +163,13 @@ def main() -> None:
     summary |= {name: best[name] for name in names if name in best}
     result = {
         **describe_run(),
-        "settings": {**vars(args), "data": str(args.data), "out": None, "steps": timed},
+        "settings": {
+            **vars(args),
+            "model": Path(args.model).name,
+            "data": args.data.name,
+            "out": None,
+            "steps": timed,
+        },
         "summary": summary,
         "rows": rows,
     }

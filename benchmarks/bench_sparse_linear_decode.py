@@ -113,7 +113,7 @@ def summarize(cells: dict[tuple[int, int, int], list[Row]], bandwidth: float) ->
     few = [best[cell].speedup for cell in best if large(cell) and cell[2] <= 16]
     more = [best[cell].speedup for cell in best if large(cell) and cell[2] > 16]
     shares = [r.bandwidth / bandwidth for cell, r in ours.items() if large(cell) and cell[2] <= 16]
-    small = [row.speedup for cell, row in best.items() if cell[:2] == (4096, 4096)]
+    small = [best[cell].speedup for cell in best if cell[:2] == (4096, 4096) and cell[2] <= 16]
     return {
         "geomean_m16": geometric_mean(few),
         "geomean_m64": geometric_mean(more),

@@ -96,14 +96,16 @@ def describe_run() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    commit = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    # A copy of the tree without its history can be told which commit it is.
+    commit = os.environ.get("GIT_COMMIT") or _output(
+        "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
+    )
     return {
         "device": device_name(),
-        "driver": driver or "none",
+        "driver": driver.partition("\n")[0] or "none",
         "threads": torch.get_num_threads(),
         "versions": versions,
-        # A tree that was copied without its history can say which commit it is.
-        "commit": commit or os.environ.get("GIT_COMMIT", "unknown"),
+        "commit": commit or "unknown",
     }
 
 

@@ -13,14 +13,39 @@ from .pack_2to4 import code_tile
 
 
 @triton.jit
+def _load_from_tiles(codes_ptr, base, n, K, BLOCK: tl.constexpr):
+    """The codes of the BLOCK/4 groups that start with byte `base` of the rows, out of tiles.
+
+    See `reference.tile_codes`: 64 rows and 8 groups make a tile of 256 bytes.
+    """
+    index = base * 2 + tl.arange(0, BLOCK // 4)
+    row, group = index // (K // 4), index % (K // 4)
+    tile = (row // 64) * (K // 32) + group // 8
+    byte = row % 64 // 16 * 64 + row % 8 * 8 + group % 4 * 2 + group % 8 // 4
+    code = tl.load(codes_ptr + tile * 256 + byte, index < n // 4, 0).to(tl.int32)
+    return code >> (row % 16 // 8 * 4).to(tl.int32) & 15
+
+
+@triton.jit
 def _unpack_2to4_kernel(
-    values_ptr, codes_ptr, out_ptr, n, num_bytes, K, PADDED: tl.constexpr, BLOCK: tl.constexpr
+    values_ptr,
+    codes_ptr,
+    out_ptr,
+    n,
+    num_bytes,
+    K,
+    PADDED: tl.constexpr,
+    TILED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """BLOCK/2 values and BLOCK/8 bytes of codes -> BLOCK elements a program."""
     base, offset, mask = code_tile(n, K, PADDED, BLOCK)
-    position = base + tl.arange(0, BLOCK // 8)
-    code = tl.load(codes_ptr + position, position < num_bytes, 0).to(tl.int32)
-    code = tl.reshape(tl.join(code & 15, code >> 4), [BLOCK // 4])
+    if TILED:
+        code = _load_from_tiles(codes_ptr, base, n, K, BLOCK)
+    else:
+        position = base + tl.arange(0, BLOCK // 8)
+        code = tl.load(codes_ptr + position, position < num_bytes, 0).to(tl.int32)
+        code = tl.reshape(tl.join(code & 15, code >> 4), [BLOCK // 4])
     first, last = code & 3, code >> 2
 
     group, _, _, _ = split_group(offset, BLOCK)
@@ -47,7 +72,7 @@ def unpack_2to4_triton(values: Tensor, codes: Tensor) -> Tensor:
 
     Args:
         values: [..., K/2] contiguous, float32, bfloat16 or float16.
-        codes: uint8 [..., ceil(K/8)], contiguous.
+        codes: uint8 [..., ceil(K/8)], contiguous; or, of a weight [N, K], in tiles.
 
     Returns:
         [..., K] of the values' dtype.
@@ -58,7 +83,10 @@ def unpack_2to4_triton(values: Tensor, codes: Tensor) -> Tensor:
     out = values.new_empty(*values.shape[:-1], k)
     if out.numel():
         with on_device(values):
-            _unpack_2to4_kernel[(triton.cdiv(codes.numel() * 8, BLOCK),)](
+            is_tiled = codes.dim() == 3 and values.dim() == 2
+            # With a last half byte a row counts as four elements more, see `code_tile`.
+            count = out.numel() if is_tiled else codes.numel() * 8
+            _unpack_2to4_kernel[(triton.cdiv(count, BLOCK),)](
                 as_bits(values),
                 codes,
                 as_bits(out),
@@ -66,6 +94,7 @@ def unpack_2to4_triton(values: Tensor, codes: Tensor) -> Tensor:
                 codes.numel(),
                 k,
                 k % 8 == 4,
+                is_tiled,
                 BLOCK,
                 num_warps=NUM_WARPS,
             )

@@ -276,8 +276,6 @@ def _run_dense(
 
 
 def _run_unpacked(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
-    if codes.dim() == 3:
-        codes = reference.untile_codes(codes, values.shape[0])
     # In a context of its own, because a backend forced on the caller has no say in this: "cuda"
     # has no unpack_2to4.
     w = contextvars.Context().run(torch.ops.proxsparse.unpack_2to4, values, codes)

@@ -340,10 +340,13 @@ def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
 
     The codes of a weight [N, K] may be in tiles, see `lay_out_2to4`.
     """
-    if codes.dim() == 3 and values.dim() == 2:
-        codes = code_rows(values, codes)
     k = 2 * values.shape[-1] if values.dim() else 0
     expected = [*values.shape[:-1], (k + 7) // 8]
+    if codes.dim() == 3 and values.dim() == 2:
+        if values.is_cuda:
+            expected = list(_tiles_shape(*values.shape))
+        else:  # no kernel of a CPU reads tiles
+            codes = code_rows(values, codes)
     if k % 4 or list(codes.shape) != expected or codes.dtype != torch.uint8:
         raise ProxsparseError(
             f"values {list(values.shape)} need codes of shape {expected} and dtype uint8, not "

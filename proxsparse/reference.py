@@ -270,7 +270,12 @@ def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
-    """The dense [..., K] behind `pack_2to4`'s values [..., K/2] and codes [..., ceil(K/8)]."""
+    """The dense [..., K] behind `pack_2to4`'s values [..., K/2] and codes [..., ceil(K/8)].
+
+    The codes of a weight [N, K] may be in tiles, see `tile_codes`.
+    """
+    if codes.dim() == 3 and values.dim() == 2:
+        codes = untile_codes(codes, values.shape[0])
     mask = codes_to_mask(codes, 2 * values.shape[-1])
     return torch.zeros_like(mask, dtype=values.dtype).masked_scatter_(mask, values)
 
@@ -299,8 +304,6 @@ def sparse_linear(
     Cost: for few tokens memory-bound in the weight, 9/16 of its dense bytes when fused; for many
     compute-bound, at half the dense operations on sparse tensor cores.
     """
-    if codes.dim() == 3:
-        codes = untile_codes(codes, values.shape[0])
     w = unpack_2to4(values, codes) if dense is None else dense
     return torch.nn.functional.linear(x, w, bias)
 

@@ -81,7 +81,12 @@ VARIANTS = (
     variant("mask_2to4", "score:i16 out:u8", EXACT, (1, 0)),
     variant("is_2to4", "w:i16 result:u8", EXACT, (1, 0)),
     variant("pack_2to4", "w:i16 values:i16 codes:u8", {"PADDED": False, "BLOCK": 1024}, (1, 0)),
-    variant("unpack_2to4", "values:i16 codes:u8 out:i16", {"PADDED": False, "BLOCK": 1024}, (0, 1)),
+    variant(
+        "unpack_2to4",
+        "values:i16 codes:u8 out:i16",
+        {"PADDED": False, "TILED": False, "BLOCK": 1024},
+        (0, 1),
+    ),
 )
 
 

@@ -500,3 +500,10 @@ def test_sparse_linear_decode_refuses_what_it_cannot() -> None:
     values, codes = reference.pack_2to4(torch.zeros(4, 12, device=DEVICE, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="a multiple of 8"):
         sparse_linear_decode_triton(x, values, codes)
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 32), (80, 96), (200, 1024), (1, 64)])
+def test_unpacks_tiles_of_codes(n: int, k: int) -> None:
+    w = reference.project_2to4(random((n, k), torch.bfloat16))
+    values, codes = reference.pack_2to4(w)
+    assert same_bits(unpack_2to4_triton(values, reference.tile_codes(codes)), w)
