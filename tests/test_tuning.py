@@ -550,3 +550,18 @@ def test_a_clock_that_drifts_favours_neither(monkeypatch: pytest.MonkeyPatch) ->
     ratios = [second / first for first, second in times]
     assert min(ratios) < 2 < max(ratios)
     assert statistics.fmean(ratios) == pytest.approx(2, rel=0.01)
+
+
+SHIPPED = sorted((Path(tuning.__file__).parent / "tables").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("error")
+def test_tables_that_ship_are_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PROXSPARSE_CACHE", str(tmp_path))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    table = Table(content["gpu"], content["cusparselt"])
+    assert table.path.name == path.name
+    assert len(table) == len(content["cells"]) > 0
