@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import describe_run, pick_device, results_directory
+from harness import describe_run, pick_device, results_directory, show_log
 
 from proxsparse.loading import build_model
 from proxsparse.memory import memory_gb
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<gpu>")
     args = parser.parse_args()
+    show_log()
     if args.tiny:
         args.tokens = args.sample_length = 64
         args.samples = 4

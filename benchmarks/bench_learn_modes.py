@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import describe_run, pick_device, results_directory
+from harness import describe_run, pick_device, results_directory, show_log
 
 from proxsparse.calibration import Calibration, read_text, to_blocks, tokenize_text
 from proxsparse.evaluate import evaluate_perplexity
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--heldout-blocks", type=int, default=None, help="default: all")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<gpu>")
     args = parser.parse_args()
+    show_log()
 
     base = load_model(args.model, pick_device())
     model, targets = base.model, find_targets(base.model)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from unittest import mock
 
 import torch
 from bench_learn_modes import agreement
-from harness import describe_run, pick_device, results_directory
+from harness import describe_run, pick_device, results_directory, show_log
 from torch.autograd import DeviceType
 
 from proxsparse import learn
@@ -116,9 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     timed = max(LOOK, args.steps // LOOK * LOOK)
 
-    log = logging.getLogger("proxsparse")  # says why, if a step cannot be a graph
-    log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler())
+    show_log()  # says why, if a step cannot be a graph
     device = pick_device()
     base = load_model(args.model, device)
     targets = find_targets(base.model)

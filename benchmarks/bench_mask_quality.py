@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import describe_run, results_directory
+from harness import describe_run, results_directory, show_log
 
 from proxsparse.calibration import Calibration, read_text, to_blocks, tokenize_text
 from proxsparse.evaluate import evaluate_perplexity, remaining_loss
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<gpu>")
     args = parser.parse_args()
+    show_log()
 
     base = load_model(args.model, resolve_device(args.device))
     model, tokenizer = base.model, base.tokenizer

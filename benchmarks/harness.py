@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import statistics
@@ -84,6 +85,13 @@ def results_directory() -> Path:
     if torch.cuda.is_available():
         name = device_name().lower().removeprefix("nvidia ").split()[0]
     return Path(__file__).parent / "results" / name
+
+
+def show_log() -> None:
+    """Print what the package logs, such as why a step of the loop is not a CUDA graph."""
+    log = logging.getLogger("proxsparse")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
 
 
 def describe_run() -> dict[str, Any]:

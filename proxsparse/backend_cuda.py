@@ -133,7 +133,11 @@ def _is_compressed_so(device: int, dtype: torch.dtype) -> bool:
         w = torch.where(reference.mask_2to4(score), score, 0).to(dtype)
         values, codes = reference.pack_2to4(w)
         parts = values.view(torch.uint8).flatten(), reference.tile_codes(codes).flatten()
-        return torch.equal(compress_2to4_cuda(w), torch.cat(parts))
+        try:
+            return torch.equal(compress_2to4_cuda(w), torch.cat(parts))
+        except _cuda.LibraryError as error:
+            _log.info("no weight is kept in cuSPARSELt's form: %s", error)
+            return False
 
 
 def sparse_linear_cuda(
@@ -240,9 +244,8 @@ def _decide(
         cell = tuning.Cell(n, k, bucket, name, bias is not None)
         record = tuning.table_for(device).get(cell)
     if record is None and dense is not None and not _cuda.has_decode:
-        available.discard(
-            "decode"
-        )  # Triton's stand-in seldom beats dense: only where it was seen to
+        # Triton's stand-in seldom beats dense: it runs only where it was seen to.
+        available.discard("decode")
     return executor(tuning.choose(record, tokens, available), device, x.dtype, n, k, bias)
 
 

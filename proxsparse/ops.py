@@ -598,10 +598,8 @@ def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor 
         buffer, so that one copy serves all backends; else None. Elsewhere the arguments themselves
         and None.
     """
-    if values.device.type != "cuda":
-        return values, codes, None
-    implementation_ = implementation("sparse_linear", "cuda")
-    if isinstance(implementation_, str):
+    is_cuda = values.device.type == "cuda"
+    if not is_cuda or isinstance(implementation("sparse_linear", "cuda"), str):
         return values, codes, None
     backend = importlib.import_module("proxsparse.backend_cuda")
     return backend.lay_out_2to4(values, codes)  # type: ignore[no-any-return]

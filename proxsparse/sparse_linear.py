@@ -214,8 +214,12 @@ class SparseLinear(nn.Module):
         bias = self._parameters["bias"]  # past nn.Module.__getattr__, which takes its time
         key = ops.eager_key(x, bias)
         run = None if key is None else self._runs.get(key)
-        if run is not None and self._generation == tuning.generation:
-            forms: Any = self._buffers
+        forms: Any = self._buffers
+        if (
+            run is not None
+            and self._generation == tuning.generation
+            and forms["values"].get_device() == x.get_device()
+        ):
             y: Tensor = run(x, forms["values"], forms["codes"], bias, self.compressed, self.dense)
             return y
         values, compressed, dense = self.values, self.compressed, self.dense
