@@ -42,7 +42,7 @@ _DECODE_MULTIPLE = 64  # that the kernel for few tokens needs of in_features
 # csrc/cuda/sparse_linear_decode.h. Tables refer to them by index.
 DECODE_LAYOUTS = tuple(
     (rows, depth, splits)
-    for rows, depth in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 2))
+    for rows, depth in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 2), (256, 1))
     for splits in (1, 2, 4, 8)
 )
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from proxsparse import ops, reference
 
 ROOT = Path(__file__).resolve().parents[1]
-HOPPER, ADA = (0, 227 * 1024), (1, 99 * 1024)  # a device and the shared memory of its blocks
+# A device, the shared memory of its blocks and its major compute capability.
+HOPPER, ADA, BLACKWELL = (0, 227 * 1024, 9), (1, 99 * 1024, 8), (2, 227 * 1024, 10)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,12 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
     folder = tmp_path_factory.mktemp("emulator")
     for path in (ROOT / "tests" / "emulator").iterdir():
         shutil.copy(path, folder)
-    for name in ("sparse_linear_decode.cu", "sparse_linear_decode.h"):
+    kernels = ["sparse_linear_decode.cu", "sparse_linear_decode_hopper.cu"]
+    for name in (*kernels, "sparse_linear_decode.h", "decode_common.h"):
         shutil.copy(ROOT / "csrc" / "cuda" / name, folder)
     library = folder / "decode.so"
     command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-x", "c++"]
-    command += [f"-I{folder}", "sparse_linear_decode.cpp", "-o", str(library)]
+    command += [f"-I{folder}", "sparse_linear_decode.cpp", *kernels, "-o", str(library)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     decode = ctypes.CDLL(str(library)).decode
@@ -51,7 +53,7 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
         *,
         early: bool = False,
         descending: bool = False,
-        device: tuple[int, int] = HOPPER,
+        device: tuple[int, int, int] = HOPPER,
     ) -> Tensor:
         n, k = values.shape[0], 2 * values.shape[1]
         y = torch.full((x.shape[0], n), torch.nan, dtype=x.dtype)

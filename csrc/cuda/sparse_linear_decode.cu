@@ -25,27 +25,12 @@
 #include <atomic>
 #include <type_traits>
 
+#include "decode_common.h"
 #include "ptx.h"
 #include "sparse_linear_decode.h"
 
 namespace proxsparse {
 namespace {
-
-constexpr int kStep = 64;  // columns between two changes of the metadata register
-constexpr int kCodeRows = 64, kCodeColumns = 32, kCodeTile = 256;  // a tile of codes and its bytes
-constexpr int kMaxDevices = 64;
-
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
-template <typename T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else {
-    return __float2half_rn(x);
-  }
-}
 
 // The constants of one kernel. A chunk is `kColumns` columns of the block's rows, with the same
 // columns of the tokens.
@@ -68,6 +53,7 @@ struct Shape {
   static constexpr int kSumBytes = kColumnWarps * kTokens * kSumStride * 4;
   static constexpr int kSharedBytes =
       stages * kStageBytes > kSumBytes ? stages * kStageBytes : kSumBytes;
+  static constexpr int kMostSharedBytes = kSharedBytes;
   // On a multiprocessor, for which registers are set aside; the sums of many tokens need them all.
   static constexpr int kBlocks = 2 * kSharedBytes <= 227 * 1024 && token_tiles <= 4 ? 2 : 1;
 };
@@ -83,15 +69,6 @@ __device__ __forceinline__ int swizzled(int row, int index) {
 // at once: in every other tile 16 rows change places with their neighbours, which parts the banks.
 __device__ __forceinline__ int swizzled_codes(int index) {
   return (index ^ index / 4 & 4) * kPiece;
-}
-
-// The metadata of a thread from the 8 bytes of rows r and r + 8 and 32 columns: byte 2g + i has
-// group g + 4i of row r in its low half, of row r + 8 in its high one. Wanted are the four groups
-// of one i, those of row r first.
-__device__ __forceinline__ std::uint32_t metadata_of(uint2 bytes, int i) {
-  const std::uint32_t both = __byte_perm(bytes.x, bytes.y, i == 0 ? 0x6420 : 0x7531);
-  const std::uint32_t low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
-  return __byte_perm(low | low >> 4, high | high >> 4, 0x6420);
 }
 
 template <typename S>
@@ -198,12 +175,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       std::uint32_t metadata[S::kRowTiles];
 #pragma unroll
       for (int tile = 0; tile < S::kRowTiles; ++tile) {
-        const int row = warp_row + 16 * tile + lane / 4;
-        // 16 pieces a tile of codes, of them four to 16 rows; two rows share a piece.
-        const int piece = (step * 2 + lane % 4 / 2) * 16 + row % kCodeRows / 16 * 4 + row % 8 / 2;
+        const int row = warp_row + 16 * tile;
+        const CodePlace place = code_place(step, row % kCodeRows / 16, lane);
         const unsigned char* bytes = stage + S::kCodesAt + row / kCodeRows * S::kCodeBytes +
-                                     swizzled_codes(piece) + row % 2 * 8;
-        metadata[tile] = metadata_of(*reinterpret_cast<const uint2*>(bytes), lane % 2);
+                                     swizzled_codes(place.piece) + place.offset;
+        metadata[tile] = metadata_of(bytes, lane % 2);
       }
       const auto half_step = [&](auto selector) {
         constexpr int kHalf = decltype(selector)::value;
@@ -249,104 +225,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   }
   __syncthreads();
 
-  const auto store = [&](int m, int row, float sum) {
-    const int n = first_row + row;
-    if (n >= N) return;
-    if (bias != nullptr) sum += to_float(bias[n]);
-    y[static_cast<std::int64_t>(m) * N + n] = from_float<T>(sum);
-  };
-  const auto add_column_warps = [&](int m, int row) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < S::kColumnWarps; ++w) {
-      sum += partial[(w * S::kTokens + m) * S::kSumStride + row];
-    }
-    return sum;
-  };
-  if (splits == 1) {
-    for (int i = thread; i < M * S::kRows; i += S::kThreads) {
-      store(i / S::kRows, i % S::kRows, add_column_warps(i / S::kRows, i % S::kRows));
-    }
-    return;
-  }
-  for (int i = thread; i < M * S::kRows; i += S::kThreads) {
-    const int m = i / S::kRows, row = i % S::kRows;
-    partial[m * S::kSumStride + row] = add_column_warps(m, row);
-  }
-  synchronize_cluster();
-  for (int i = part * S::kThreads + thread; i < M * S::kRows; i += splits * S::kThreads) {
-    const int m = i / S::kRows, row = i % S::kRows;
-    float sum = 0.0f;
-    for (int q = 0; q < splits; ++q) {
-      sum += read_shared_of(q, partial + m * S::kSumStride + row);
-    }
-    store(m, row, sum);
-  }
-  synchronize_cluster();  // a block's memory must outlive the reads of the others
-}
-
-struct Device {
-  int multiprocessors = 0, shared_bytes = 0, major = 0;
-};
-
-// What the current device has, asked once; null and a reason if it cannot be asked.
-const Device* current_device(int& index) {
-  static Device devices[kMaxDevices];
-  static std::atomic<bool> known[kMaxDevices];
-  if (cudaGetDevice(&index) != cudaSuccess || index >= kMaxDevices) return nullptr;
-  if (!known[index].load(std::memory_order_acquire)) {
-    Device device;
-    if (cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index) ||
-        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                               index) ||
-        cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index)) {
-      return nullptr;
-    }
-    devices[index] = device;  // two threads may both get here: they write the same
-    known[index].store(true, std::memory_order_release);
-  }
-  return &devices[index];
-}
-
-const char* text_of(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  store_sums<T, S::kRows, S::kTokens, S::kColumnWarps, S::kSumStride, S::kThreads>(
+      partial, bias, y, M, N, first_row, part, splits);
 }
 
 template <typename S>
 const char* launch(const DecodeCall& call, int index, const Device& device, int splits) {
   using T = typename S::T;
-  const auto kernel = sparse_linear_decode_kernel<S>;
-  static std::atomic<std::uint64_t> allowed{0};  // devices on which the kernel may use its memory
-  const std::uint64_t bit = std::uint64_t{1} << index;
-  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    allowed.fetch_or(bit, std::memory_order_relaxed);
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = (call.out_features + S::kRows - 1) / S::kRows * splits;
-  config.blockDim = S::kThreads;
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = static_cast<cudaStream_t>(call.stream);
-  cudaLaunchAttribute attributes[2] = {};
-  config.attrs = attributes;
-  if (call.may_start_early && device.major >= 9) {
-    cudaLaunchAttribute& early_start = attributes[config.numAttrs++];
-    early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early_start.val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (splits > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = splits;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  }
-  return text_of(cudaLaunchKernelEx(
-      &config, kernel, static_cast<const T*>(call.x), static_cast<const T*>(call.values),
+  return launch_decode<S>(
+      sparse_linear_decode_kernel<S>, call, device, index, splits, S::kThreads, S::kSharedBytes,
+      static_cast<const T*>(call.x), static_cast<const T*>(call.values),
       static_cast<const std::uint8_t*>(call.codes), static_cast<const T*>(call.bias),
       static_cast<T*>(call.y), call.tokens, call.out_features, call.in_features, call.x_stride,
-      splits));
+      splits);
 }
 
 // Stages that fill most of the 227 KB of a Hopper multiprocessor, or half of it.
@@ -449,6 +340,7 @@ const char* sparse_linear_decode(const DecodeCall& call) {
   if (device->major < 8) return "sparse tensor cores need compute capability 8.0";
   const DecodeLayout layout = choose_layout(call, *device);
   if (layout.splits > 1 && device->major < 9) return "splits need compute capability 9.0";
+  if (device->major == 9) return sparse_linear_decode_hopper(call, index, *device, layout);
   return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, *device, layout)
                           : launch_for_type<__half>(call, index, *device, layout);
 }

@@ -16,6 +16,7 @@
 #define blockIdx (emulator::Dim(emulator::current->block->index))
 
 inline void __syncthreads() { emulator::wait_at(emulator::current->block->barrier); }
+inline void __syncwarp() { emulator::wait_at(emulator::current->warp->barrier); }
 inline int min(int a, int b) { return a < b ? a : b; }
 
 struct uint2 {

@@ -66,6 +66,8 @@ struct Fiber {
   bool done = false;
   std::vector<std::vector<Copy>> groups;  // committed copies that have not landed
   std::vector<Copy> open;
+  std::vector<std::function<void()>> products;  // of a warpgroup, asked for but not done
+  std::vector<std::vector<std::function<void()>>> product_groups;
 };
 
 struct Cluster {
@@ -76,6 +78,7 @@ struct Cluster {
 inline Fiber* current;
 inline Cluster* cluster;
 inline ucontext_t scheduler;
+inline std::uint64_t arrivals;  // at barriers in shared memory
 
 inline void wait_at(Barrier& barrier) {
   const std::uint64_t round = barrier.round;
@@ -128,7 +131,7 @@ inline bool run_grid(unsigned num_blocks, unsigned num_threads, unsigned cluster
       }
     }
     const auto progress = [&] {
-      std::uint64_t total = blocks.barrier.round + blocks.barrier.arrived;
+      std::uint64_t total = blocks.barrier.round + blocks.barrier.arrived + arrivals * 65536;
       for (const Block& block : blocks.blocks)
         total += block.barrier.round * 4096 + block.barrier.arrived;
       for (const Warp& warp : warps) total += warp.barrier.round * 64 + warp.barrier.arrived;

@@ -1,16 +1,20 @@
-// sparse_linear_decode for ctypes; compiled beside a copy of csrc/cuda/sparse_linear_decode.cu.
-#include "sparse_linear_decode.cu"
+// sparse_linear_decode for ctypes, compiled beside copies of its sources in csrc/cuda.
+#include "sparse_linear_decode.h"
+
+#include "emulator.h"
 
 extern "C" const char* decode(const void* x, const void* values, const void* codes,
                               const void* bias, void* y, int tokens, int out_features,
                               int in_features, std::int64_t x_stride, bool is_bfloat16, int rows,
                               int depth, int splits, bool copies_land_early, bool descending,
-                              int device, int shared_bytes) {
+                              int device, int shared_bytes,
+                              int major) {
   // The library asks a device for its properties once: another size must be another device.
   emulator::settings.device = device;
   emulator::settings.copies_land_early = copies_land_early;
   emulator::settings.descending = descending;
   emulator::settings.shared_bytes = shared_bytes;
+  emulator::settings.major = major;
   return proxsparse::sparse_linear_decode({x,
                                            values,
                                            codes,

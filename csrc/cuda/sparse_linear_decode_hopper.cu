@@ -1,0 +1,271 @@
+// `sparse_linear_decode` on Hopper, with its copy engine and its products of a warpgroup.
+//
+// One thread of a block does nothing but ask for copies: whole tiles of values and tokens and the
+// codes between them land in shared memory without passing through registers, several chunks ahead.
+// Two warpgroups multiply: the tensor cores read values and tokens from shared memory where they
+// landed; only the codes pass through registers, as metadata. So copies never wait for products, and
+// up to 64 tokens a block is bound by what it reads.
+//
+// The form of the weight, the rows of a block and the split of the columns over a cluster are those
+// of sparse_linear_decode.cu. Every sum has a fixed order: results are bitwise reproducible.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "decode_common.h"
+#include "hopper.h"
+#include "sparse_linear_decode.h"
+
+namespace proxsparse {
+namespace {
+
+constexpr int kColumns = 128;  // of a chunk: a row of values then is a row of a tile
+constexpr int kSteps = kColumns / kStep;
+constexpr int kWarpgroups = 2, kMultipliers = 128 * kWarpgroups, kThreads = kMultipliers + 32;
+constexpr int kMaxStages = 16, kStagesAt = 1024;  // before them, two barriers for each
+
+// The constants of one kernel.
+template <typename Scalar, int rows, int tokens>
+struct Shape {
+  using T = Scalar;
+  static constexpr int kRows = rows, kTokens = tokens;
+  // Warpgroups split the rows, of which a product takes 64. Where there are but 64, they take turns
+  // at the chunks.
+  static constexpr int kColumnGroups = rows == 64 ? kWarpgroups : 1;
+  static constexpr int kRowTiles = rows == 64 ? 1 : rows / (64 * kWarpgroups);
+  static constexpr int kReaders = 4 * kWarpgroups / kColumnGroups;  // warps, of a chunk
+  static constexpr int kTokensAt = rows * kTileRowBytes;
+  static constexpr int kTokenTile = tokens * kTileRowBytes;  // 64 columns
+  static constexpr int kCodesAt = kTokensAt + kSteps * kTokenTile;
+  static constexpr int kCodeBytes = kColumns / kCodeColumns * kCodeTile;  // of 64 rows
+  static constexpr int kStageBytes = kCodesAt + rows / kCodeRows * kCodeBytes;
+  static constexpr int kMostSharedBytes = 227 * 1024;
+  static constexpr int kSumStride = rows + 4;  // of a token; the 4 spread a warp over all banks
+  static constexpr int kSumBytes = kColumnGroups * tokens * kSumStride * 4;
+  static_assert(kStageBytes % kTileAlignment == 0);
+
+  static_assert(2 * kStageBytes >= kSumBytes);
+};
+
+#ifdef PROXSPARSE_ON_HOPPER
+
+// Where in the ring chunk `index` is, and the parity of its turn.
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ void advance(int by, int stages) {
+    stage += by;
+    if (stage >= stages) {
+      stage -= stages;
+      parity ^= 1;
+    }
+  }
+};
+
+template <typename S>
+__device__ __forceinline__ void decode(const TileMap& x, const TileMap& values,
+                                       const std::uint8_t* codes, const typename S::T* bias,
+                                       typename S::T* y, int M, int N, int K, int splits,
+                                       int stages) {
+  using T = typename S::T;
+  unsigned char* shared = dynamic_shared_memory();
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int first_row = blockIdx.x / splits * S::kRows, part = blockIdx.x % splits;
+  const int num_chunks = (K + kColumns - 1) / kColumns;
+  const int begin = num_chunks * part / splits, count = num_chunks * (part + 1) / splits - begin;
+  Barrier* landed = reinterpret_cast<Barrier*>(shared);
+  Barrier* read = landed + kMaxStages;
+  unsigned char* ring = shared + kStagesAt;
+  if (thread == 0) {
+    for (int i = 0; i < stages; ++i) {
+      make_barrier(landed + i, 1);
+      make_barrier(read + i, S::kReaders);
+    }
+    show_barriers();
+  }
+  __syncthreads();
+  let_next_grid_start();
+
+  const auto columns_left = [&](int i) { return min(kColumns, K - (begin + i) * kColumns); };
+  float sums[S::kRowTiles][S::kTokens / 2] = {};
+  const int warpgroup = warp / 4;
+  const int row_group = S::kColumnGroups == 1 ? warpgroup : 0;
+  const int column_group = S::kColumnGroups == 1 ? 0 : warpgroup;
+  if (thread == kMultipliers) {
+    // Tiles past the last row or column are zeros, of the full size. Codes are not a matrix: of
+    // rows past the last those of the last tile are read, which selects among zeros.
+    const auto load_weight = [&](int i, int stage) {
+      unsigned char* to = ring + stage * S::kStageBytes;
+      const int column = (begin + i) * kColumns;
+      const int code_bytes = columns_left(i) / kCodeColumns * kCodeTile;
+      arrive_and_expect(landed + stage, S::kCodesAt + S::kRows / kCodeRows * code_bytes);
+      copy_tile(to, values, first_row, column / 2, landed + stage);
+      for (int j = 0; j < S::kRows / kCodeRows; ++j) {
+        const std::int64_t tile_row = min(first_row + j * kCodeRows, N - 1) / kCodeRows;
+        const std::int64_t tile = tile_row * (K / kCodeColumns) + column / kCodeColumns;
+        copy_bytes(to + S::kCodesAt + j * S::kCodeBytes, codes + tile * kCodeTile, code_bytes,
+                   landed + stage);
+      }
+    };
+    const auto load_tokens = [&](int i, int stage) {
+      unsigned char* to = ring + stage * S::kStageBytes + S::kTokensAt;
+      for (int step = 0; step < kSteps; ++step) {
+        const int column = (begin + i) * kColumns + step * kStep;
+        copy_tile(to + step * S::kTokenTile, x, 0, column, landed + stage);
+      }
+    };
+    // The weight does not depend on the kernel before, so its first chunks are under way while that
+    // one ends; the tokens may be what it writes.
+    const int ahead = min(stages, count);
+    for (int i = 0; i < ahead; ++i) load_weight(i, i);
+    wait_for_previous_grid();
+    for (int i = 0; i < ahead; ++i) load_tokens(i, i);
+    Turn turn;
+    for (int i = ahead; i < count; ++i) {
+      wait_for_phase(read + turn.stage, turn.parity);
+      load_weight(i, turn.stage);
+      load_tokens(i, turn.stage);
+      turn.advance(1, stages);
+    }
+  } else if (thread < kMultipliers) {
+    Turn turn;
+    turn.advance(column_group, stages);
+    for (int i = column_group; i < count; i += S::kColumnGroups) {
+      wait_for_phase(landed + turn.stage, turn.parity);
+      const unsigned char* stage = ring + turn.stage * S::kStageBytes;
+      const int steps = columns_left(i) / kStep;
+      std::uint32_t metadata[S::kRowTiles][kSteps];
+#pragma unroll
+      for (int tile = 0; tile < S::kRowTiles; ++tile) {
+        const unsigned char* from =
+            stage + S::kCodesAt + (row_group * S::kRowTiles + tile) * S::kCodeBytes;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          const CodePlace place = code_place(step, warp % 4, lane);
+          // Past the last column there are no codes: any that are valid do, to select among zeros.
+          metadata[tile][step] =
+              step < steps ? metadata_of(from + place.piece * kPiece + place.offset, lane % 2)
+                           : 0x44444444;
+        }
+      }
+      begin_products();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const auto half_step = [&](auto selector) {
+          constexpr int kHalf = decltype(selector)::value;
+          const unsigned char* b = stage + S::kTokensAt + step * S::kTokenTile + kHalf * 64;
+#pragma unroll
+          for (int tile = 0; tile < S::kRowTiles; ++tile) {
+            const int row = (row_group * S::kRowTiles + tile) * 64;
+            const unsigned char* a = stage + row * kTileRowBytes + step * 64 + kHalf * 32;
+            multiply_add_2to4<T, S::kTokens, kHalf>(sums[tile], a, b, metadata[tile][step]);
+          }
+        };
+        half_step(std::integral_constant<int, 0>());
+        half_step(std::integral_constant<int, 1>());
+      }
+      commit_products();
+      wait_for_products<0>();
+#pragma unroll
+      for (int tile = 0; tile < S::kRowTiles; ++tile) {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) keep(metadata[tile][step]);
+      }
+      if (lane == 0) arrive(read + turn.stage);
+      turn.advance(S::kColumnGroups, stages);
+    }
+  }
+  __syncwarp();
+  wait_for_previous_grid();  // memory to write to may be that kernel's
+
+  // The sums of the column groups, over the stages that nobody reads any more.
+  __syncthreads();
+  float* partial = reinterpret_cast<float*>(ring);
+  if (thread < kMultipliers) {
+#pragma unroll
+    for (int tile = 0; tile < S::kRowTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < S::kTokens / 2; ++i) {
+        const int row =
+            (row_group * S::kRowTiles + tile) * 64 + warp % 4 * 16 + lane / 4 + i % 4 / 2 * 8;
+        const int m = column_group * S::kTokens + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        partial[m * S::kSumStride + row] = sums[tile][i];
+      }
+    }
+  }
+  __syncthreads();
+  store_sums<T, S::kRows, S::kTokens, S::kColumnGroups, S::kSumStride, kThreads>(
+      partial, bias, y, M, N, first_row, part, splits);
+}
+
+#endif
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads, 2)
+    sparse_linear_decode_hopper_kernel(const __grid_constant__ TileMap x,
+                                       const __grid_constant__ TileMap values,
+                                       const std::uint8_t* __restrict__ codes,
+                                       const typename S::T* __restrict__ bias,
+                                       typename S::T* __restrict__ y, int M, int N, int K,
+                                       int splits, int stages) {
+#ifdef PROXSPARSE_ON_HOPPER
+  decode<S>(x, values, codes, bias, y, M, N, K, splits, stages);
+#endif
+}
+
+template <typename S>
+const char* launch(const DecodeCall& call, int index, const Device& device,
+                   const DecodeLayout& layout) {
+  using T = typename S::T;
+  // Of a multiprocessor's memory the system takes 1 KB for each block; depth 1 is for two blocks.
+  const int most = device.shared_bytes + 1024;
+  const int available = (layout.depth == 2 ? most : most / 2) - 1024 - kStagesAt;
+  const int stages = std::min(available / S::kStageBytes, kMaxStages);
+  if (stages < 2) return "a block of this GPU has too little shared memory";
+  TileMap x, values;
+  const char* error =
+      describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride, S::kTokens,
+                     call.is_bfloat16);
+  if (error == nullptr) {
+    error = describe_tiles(&values, call.values, call.out_features, call.in_features / 2,
+                           call.in_features / 2, S::kRows, call.is_bfloat16);
+  }
+  if (error != nullptr) return error;
+  return launch_decode<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index,
+                          layout.splits, kThreads, kStagesAt + stages * S::kStageBytes, x, values,
+                          static_cast<const std::uint8_t*>(call.codes),
+                          static_cast<const T*>(call.bias), static_cast<T*>(call.y), call.tokens,
+                          call.out_features, call.in_features, layout.splits, stages);
+}
+
+template <typename T, int tokens>
+const char* launch_for_tokens(const DecodeCall& call, int index, const Device& device,
+                              const DecodeLayout& layout) {
+  if (layout.rows == 256) return launch<Shape<T, 256, tokens>>(call, index, device, layout);
+  if (layout.rows == 128) return launch<Shape<T, 128, tokens>>(call, index, device, layout);
+  return launch<Shape<T, 64, tokens>>(call, index, device, layout);
+}
+
+template <typename T>
+const char* launch_for_type(const DecodeCall& call, int index, const Device& device,
+                            const DecodeLayout& layout) {
+  if (call.tokens <= 8) return launch_for_tokens<T, 8>(call, index, device, layout);
+  if (call.tokens <= 16) return launch_for_tokens<T, 16>(call, index, device, layout);
+  if (call.tokens <= 32) return launch_for_tokens<T, 32>(call, index, device, layout);
+  return launch_for_tokens<T, 64>(call, index, device, layout);
+}
+
+}  // namespace
+
+const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device,
+                                        const DecodeLayout& layout) {
+  return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, device, layout)
+                          : launch_for_type<__half>(call, index, device, layout);
+}
+
+}  // namespace proxsparse
