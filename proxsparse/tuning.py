@@ -60,11 +60,9 @@ NUM_FINALISTS = 3  # of each executor are measured with care: quick trials are n
 LEADERS_WITHIN = 0.75
 LIBRARY_CHOICE = -1  # an algorithm id: the library's own default
 
-# Where nothing was measured. On an H100 the kernel for few tokens beats dense up to 16 of them for
-# every shape of a 7 to 70 B model; on an H200 the library's default algorithm beats dense from 1024
+# Where nothing was measured. On an H200 the library's default algorithm beats dense from 1024
 # tokens on, at powers of two, for every shape of 4096 and more. More than 64 tokens it multiplies
 # faster than the weight is unpacked.
-RULE_DECODE_UP_TO = 16
 RULE_BEATS_DENSE_FROM = 1024
 RULE_BEATS_UNPACK_FROM = 65
 
@@ -201,10 +199,10 @@ def choose(record: Record | None, tokens: int, available: Collection[str]) -> Ca
 def choose_by_rule(tokens: int, available: Collection[str]) -> Candidate:
     """What runs where nothing was measured: see the constants above for why.
 
-    Up to 16 tokens the decode kernel, where it can run; from 1024 on cuSPARSELt with its default
+    The decode kernel, where it is available; from 1024 tokens on cuSPARSELt with its default
     algorithm, if its form of the weight is there; between them dense, if the dense weight is held.
-    If not, the decode kernel up to 64 tokens and cuSPARSELt from there on; and the weight unpacked
-    for the call where that cannot run.
+    If not, cuSPARSELt from 65 tokens on, and the weight unpacked for the call where that cannot
+    run.
 
     This promises nothing: the default algorithm may lose to dense for narrow layers, and for token
     counts that are no multiples of 128, above all the smaller ones. Tuning finds out.
@@ -213,11 +211,9 @@ def choose_by_rule(tokens: int, available: Collection[str]) -> Candidate:
     sparse_from = RULE_BEATS_DENSE_FROM if has_dense else RULE_BEATS_UNPACK_FROM
     if "cusparselt" in available and tokens >= sparse_from:
         return Candidate("cusparselt")
-    if "decode" in available and tokens <= RULE_DECODE_UP_TO:
+    if "decode" in available:
         return Candidate("decode")
-    if has_dense:
-        return Candidate("dense")
-    return Candidate("decode" if "decode" in available else "unpack")
+    return Candidate("dense" if has_dense else "unpack")
 
 
 # -- the table

@@ -1,8 +1,9 @@
-"""The decode kernel: its logic on an emulator of CUDA's threads, its numbers on a GPU.
+"""The decode kernels: their logic on an emulator of CUDA's threads, their numbers on a GPU.
 
-The emulator (tests/emulator) runs csrc/cuda/sparse_linear_decode.cu itself, compiled for the CPU
-with the instructions of csrc/cuda/ptx.h replaced by the layouts that the PTX manual gives them. So
-packing, fragments, metadata, pipeline and reductions are checked on any machine with a compiler.
+The emulator (tests/emulator) runs the .cu files in csrc/cuda themselves, compiled for the CPU with
+the instructions of ptx.h and hopper.h replaced by the layouts that the PTX manual gives them. So
+packing, fragments, metadata, pipelines and reductions are checked on any machine with a compiler,
+Hopper's kernel and that of all other GPUs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from proxsparse import ops, reference
 ROOT = Path(__file__).resolve().parents[1]
 # A device, the shared memory of its blocks and its major compute capability.
 HOPPER, ADA, BLACKWELL = (0, 227 * 1024, 9), (1, 99 * 1024, 8), (2, 227 * 1024, 10)
+BOTH_KERNELS = pytest.mark.parametrize("device", [HOPPER, BLACKWELL], ids=["hopper", "blackwell"])
 
 
 @pytest.fixture(scope="module")
@@ -94,31 +96,45 @@ def exact(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 33, 64])
-def test_every_token_count(emulate: Callable[..., Tensor], m: int, dtype: torch.dtype) -> None:
+@BOTH_KERNELS
+def test_every_token_count(
+    emulate: Callable[..., Tensor], device: tuple[int, int, int], m: int, dtype: torch.dtype
+) -> None:
     x, w, values, codes = make(m, 80, 320, dtype)
-    assert torch.equal(emulate(x, values, codes), exact(x, w))
+    assert torch.equal(emulate(x, values, codes, device=device), exact(x, w))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("depth", "m"), [(1, 3), (2, 40)])
 @pytest.mark.parametrize("rows", [64, 128, 256])
-@pytest.mark.parametrize("m", [3, 40])
+@BOTH_KERNELS
 def test_every_layout(
-    emulate: Callable[..., Tensor], rows: int, depth: int, splits: int, m: int
+    emulate: Callable[..., Tensor],
+    device: tuple[int, int, int],
+    rows: int,
+    depth: int,
+    splits: int,
+    m: int,
 ) -> None:
     x, w, values, codes = make(m, 144, 64 * 37, torch.bfloat16)
     bias = torch.randint(-9, 10, (144,)).bfloat16()
-    assert torch.equal(emulate(x, values, codes, bias, (rows, depth, splits)), exact(x, w, bias))
+    y = emulate(x, values, codes, bias, (rows, depth, splits), device=device)
+    assert torch.equal(y, exact(x, w, bias))
 
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("layout", [(64, 1, 1), (64, 2, 2), (128, 2, 1), (128, 1, 4), (256, 2, 2)])
+@BOTH_KERNELS
 def test_copies_and_threads_in_any_order(
-    emulate: Callable[..., Tensor], layout: tuple[int, int, int], early: bool, descending: bool
+    emulate: Callable[..., Tensor],
+    device: tuple[int, int, int],
+    layout: tuple[int, int, int],
+    early: bool,
+    descending: bool,
 ) -> None:
     x, w, values, codes = make(12, 128, 256 * 11, torch.bfloat16)
-    y = emulate(x, values, codes, None, layout, early=early, descending=descending)
+    y = emulate(x, values, codes, None, layout, early=early, descending=descending, device=device)
     assert torch.equal(y, exact(x, w))
 
 

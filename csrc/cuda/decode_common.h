@@ -1,4 +1,5 @@
-// What the kernels of sparse_linear_decode share: the form of the weight, the last sums, the device.
+// What the kernels of sparse_linear_decode share: the form of the weight, the last sums, the
+// device.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -115,11 +116,10 @@ inline const Device* current_device(int& index) {
   return &devices[index];
 }
 
-// `sparse_linear_decode` on the current device, which is a Hopper GPU; the layout is complete.
-const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device,
-                                        const DecodeLayout& layout);
+// `sparse_linear_decode` on the current device, which is a Hopper GPU.
+const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device);
 
-// Queues a kernel of the shape S: so many blocks, of which `call.layout.splits` are a cluster.
+// Queues a kernel of the shape S; `splits` blocks are a cluster.
 template <typename S, typename... Parameters, typename... Arguments>
 const char* launch_decode(void (*kernel)(Parameters...), const DecodeCall& call,
                           const Device& device, int index, int splits, int threads,

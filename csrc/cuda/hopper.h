@@ -1,6 +1,6 @@
-// Hopper's instructions that CUDA C++ has no name for, one function each: barriers in shared memory,
-// tiles copied by the tensor memory accelerator, products of a warpgroup. tests/emulator/hopper.h
-// gives the same functions to the CPU.
+// Hopper's instructions that CUDA C++ has no name for, one function each: barriers in shared
+// memory, tiles copied by the tensor memory accelerator, products of a warpgroup.
+// tests/emulator/hopper.h gives the same functions to the CPU.
 #pragma once
 
 #include <cuda.h>
@@ -40,11 +40,11 @@ inline const char* describe_tiles(TileMap* map, const void* data, std::int64_t r
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * row_stride)};
   const cuuint32_t box[] = {kTileRowBytes / 2, static_cast<cuuint32_t>(tile_rows)};
   const cuuint32_t steps[] = {1, 1};
-  const CUresult result = encode(
-      map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-      const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+             2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the operands";
 }
 
@@ -72,10 +72,10 @@ __device__ __forceinline__ void arrive(Barrier* barrier) {
 
 // One arrival, and `bytes` that copies will bring.
 __device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Until the phase of this parity has ended; the first has parity 0.
@@ -138,12 +138,13 @@ __device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
          std::uint64_t{kTileAlignment >> 4} << 32 | std::uint64_t{1} << 62;
 }
 
-#define PROXSPARSE_WGMMA(TOKENS, TYPE, SUMS, ...)                                           \
-  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"                             \
-               "wgmma.mma_async.sp.sync.aligned.m64n" TOKENS "k32.f32." TYPE " " SUMS       \
-               ", adds, 1, 1, 0, 0;\n}"                                                     \
-               : __VA_ARGS__                                                                \
-               : "l"(tile_descriptor(w)), "l"(tile_descriptor(x)), "r"(metadata), "n"(kSelector))
+#define PROXSPARSE_WGMMA(TOKENS, TYPE, SUMS, ...)                            \
+  asm volatile(                                                              \
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"                       \
+      "wgmma.mma_async.sp.sync.aligned.m64n" TOKENS "k32.f32." TYPE " " SUMS \
+      ", adds, 1, 1, 0, 0;\n}"                                               \
+      : __VA_ARGS__                                                          \
+      : "l"(tile_descriptor(w)), "l"(tile_descriptor(x)), "r"(metadata), "n"(kSelector))
 #define PROXSPARSE_SUMS4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define PROXSPARSE_SUMS16(i) \
   PROXSPARSE_SUMS4(i), PROXSPARSE_SUMS4(i + 4), PROXSPARSE_SUMS4(i + 8), PROXSPARSE_SUMS4(i + 12)

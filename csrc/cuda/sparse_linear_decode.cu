@@ -1,4 +1,6 @@
-// The product with a packed 2:4 weight for 1 to 64 tokens: y[M, N] = x[M, K] W[N, K]^T + bias.
+// The product with a packed 2:4 weight for 1 to 64 tokens: y[M, N] = x[M, K] W[N, K]^T + bias. On
+// Hopper sparse_linear_decode_hopper.cu computes it; the kernel here is for all other GPUs with
+// sparse tensor cores.
 //
 // With so few tokens the time is that of reading the weight, 9/16 of its dense bytes. So the kernel
 // is a pipe: asynchronous copies keep several chunks of weight under way to shared memory, and
@@ -232,12 +234,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 template <typename S>
 const char* launch(const DecodeCall& call, int index, const Device& device, int splits) {
   using T = typename S::T;
-  return launch_decode<S>(
-      sparse_linear_decode_kernel<S>, call, device, index, splits, S::kThreads, S::kSharedBytes,
-      static_cast<const T*>(call.x), static_cast<const T*>(call.values),
-      static_cast<const std::uint8_t*>(call.codes), static_cast<const T*>(call.bias),
-      static_cast<T*>(call.y), call.tokens, call.out_features, call.in_features, call.x_stride,
-      splits);
+  return launch_decode<S>(sparse_linear_decode_kernel<S>, call, device, index, splits, S::kThreads,
+                          S::kSharedBytes, static_cast<const T*>(call.x),
+                          static_cast<const T*>(call.values),
+                          static_cast<const std::uint8_t*>(call.codes),
+                          static_cast<const T*>(call.bias), static_cast<T*>(call.y), call.tokens,
+                          call.out_features, call.in_features, call.x_stride, splits);
 }
 
 // Stages that fill most of the 227 KB of a Hopper multiprocessor, or half of it.
@@ -279,9 +281,9 @@ const char* launch_for_tokens(const DecodeCall& call, int index, const Device& d
   return "this GPU has too little shared memory per block";
 }
 
-// What was fastest on an H100, without trying. There, one wave of blocks that leaves few
-// multiprocessors idle is what counts; two blocks on each do no harm, and many tokens want large
-// blocks, which read them less often.
+// What was fastest on an H100 before it had a kernel of its own, for want of other measurements.
+// There, one wave of blocks that leaves few multiprocessors idle is what counts; two blocks on each
+// do no harm, and many tokens want large blocks, which read them less often.
 DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
   DecodeLayout layout = call.layout;
   const int most = device.multiprocessors, enough = most * 5 / 6;
@@ -338,9 +340,9 @@ const char* sparse_linear_decode(const DecodeCall& call) {
   const Device* device = current_device(index);
   if (device == nullptr) return "the attributes of the current device cannot be read";
   if (device->major < 8) return "sparse tensor cores need compute capability 8.0";
+  if (device->major == 9) return sparse_linear_decode_hopper(call, index, *device);
   const DecodeLayout layout = choose_layout(call, *device);
   if (layout.splits > 1 && device->major < 9) return "splits need compute capability 9.0";
-  if (device->major == 9) return sparse_linear_decode_hopper(call, index, *device, layout);
   return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, *device, layout)
                           : launch_for_type<__half>(call, index, *device, layout);
 }

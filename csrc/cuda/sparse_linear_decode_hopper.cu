@@ -3,8 +3,8 @@
 // One thread of a block does nothing but ask for copies: whole tiles of values and tokens and the
 // codes between them land in shared memory without passing through registers, several chunks ahead.
 // Two warpgroups multiply: the tensor cores read values and tokens from shared memory where they
-// landed; only the codes pass through registers, as metadata. So copies never wait for products, and
-// up to 64 tokens a block is bound by what it reads.
+// landed; only the codes pass through registers, as metadata. So copies never wait for products,
+// and up to 64 tokens a block is bound by what it reads.
 //
 // The form of the weight, the rows of a block and the split of the columns over a cluster are those
 // of sparse_linear_decode.cu. Every sum has a fixed order: results are bitwise reproducible.
@@ -228,16 +228,15 @@ const char* launch(const DecodeCall& call, int index, const Device& device,
   const int stages = std::min(available / S::kStageBytes, kMaxStages);
   if (stages < 2) return "a block of this GPU has too little shared memory";
   TileMap x, values;
-  const char* error =
-      describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride, S::kTokens,
-                     call.is_bfloat16);
+  const char* error = describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride,
+                                     S::kTokens, call.is_bfloat16);
   if (error == nullptr) {
     error = describe_tiles(&values, call.values, call.out_features, call.in_features / 2,
                            call.in_features / 2, S::kRows, call.is_bfloat16);
   }
   if (error != nullptr) return error;
-  return launch_decode<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index,
-                          layout.splits, kThreads, kStagesAt + stages * S::kStageBytes, x, values,
+  return launch_decode<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index, layout.splits,
+                          kThreads, kStagesAt + stages * S::kStageBytes, x, values,
                           static_cast<const std::uint8_t*>(call.codes),
                           static_cast<const T*>(call.bias), static_cast<T*>(call.y), call.tokens,
                           call.out_features, call.in_features, layout.splits, stages);
@@ -260,10 +259,34 @@ const char* launch_for_type(const DecodeCall& call, int index, const Device& dev
   return launch_for_tokens<T, 64>(call, index, device, layout);
 }
 
+// What was fastest on an H200, without trying, or within some percent of it. Half as many blocks
+// as multiprocessors draw most of the bandwidth for a few microseconds, which is all that a small
+// weight takes; a cluster costs one or two. A long row takes longer, and is worth a whole wave.
+DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
+  DecodeLayout layout = call.layout;
+  const int most = device.multiprocessors, enough = most * 5 / 6;
+  const auto tiles = [&](int rows) { return (call.out_features + rows - 1) / rows; };
+  if (layout.rows == 0) {
+    const bool is_one_wave = tiles(256) >= enough && tiles(256) <= most;
+    layout.rows = tiles(64) <= 2 * most ? 64 : is_one_wave && call.tokens <= 16 ? 256 : 128;
+  }
+  const int blocks = tiles(layout.rows);
+  if (layout.splits == 0) {
+    const int wanted = call.in_features > 8192 ? enough : most * 2 / 5;
+    layout.splits = 1;
+    while (layout.splits < 8 && blocks * layout.splits < wanted &&
+           call.in_features >= 512 * layout.splits) {
+      layout.splits *= 2;
+    }
+  }
+  if (layout.depth == 0) layout.depth = blocks * layout.splits <= most ? 2 : 1;
+  return layout;
+}
+
 }  // namespace
 
-const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device,
-                                        const DecodeLayout& layout) {
+const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device) {
+  const DecodeLayout layout = choose_layout(call, device);
   return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, device, layout)
                           : launch_for_type<__half>(call, index, device, layout);
 }

@@ -122,6 +122,7 @@ void wait_for_products() {
     for (const auto& product : groups.front()) product();
     groups.erase(groups.begin());
   }
+  emulator::wait_at(emulator::current->warp->barrier);  // a warp's threads are waited for together
 }
 
 inline void keep(std::uint32_t) {}

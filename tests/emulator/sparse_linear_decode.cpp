@@ -7,8 +7,7 @@ extern "C" const char* decode(const void* x, const void* values, const void* cod
                               const void* bias, void* y, int tokens, int out_features,
                               int in_features, std::int64_t x_stride, bool is_bfloat16, int rows,
                               int depth, int splits, bool copies_land_early, bool descending,
-                              int device, int shared_bytes,
-                              int major) {
+                              int device, int shared_bytes, int major) {
   // The library asks a device for its properties once: another size must be another device.
   emulator::settings.device = device;
   emulator::settings.copies_land_early = copies_land_early;
