@@ -31,14 +31,13 @@ COMPILE_FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-unknown-pragmas"),
 ]
 LINK_FLAGS = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-# Machine code for Ampere and Ada, and for Hopper; from the PTX, which may use clusters, the driver
-# compiles for what comes after.
 CUDA_FLAGS = [
     *("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xcompiler=-Wall"),
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-gencode=arch=compute_90,code=compute_90",
 ]
+# Machine code for Ampere and Ada; from the PTX, which may use clusters, the driver compiles for
+# what comes after Hopper. Hopper's own instructions are in files of their own, *_hopper.cu.
+EVERY_GPU = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=compute_90"]
+HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 # nvcc links, and brings the runtime in statically: the machine that runs it needs only a driver.
 CUDA_LINK_FLAGS = "-shared -cudart static"
 KERNELS = "cuda_kernels"  # the .cu sources of `_cuda`, in what is built and what is left out
@@ -159,7 +158,7 @@ def write_ninja(
         folder: of the build file and the objects.
         target: the extension module.
         sources: .cpp and .cu files.
-        variables: of NINJA_RULES, as the shell reads them.
+        variables: of NINJA_RULES, as the shell reads them, but for `cudaflags`.
         module_cflags: the cflags of module.cpp.
     """
     lines = [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
@@ -171,6 +170,9 @@ def write_ninja(
         lines.append(f"build {objects[-1]}: {rule} {escape(source)}")
         if source.name == "module.cpp":
             lines.append(f"  cflags = {module_cflags.replace('$', '$$')}")
+        if is_cuda(source):
+            gpus = HOPPER if source.stem.endswith("_hopper") else EVERY_GPU
+            lines.append(f"  cudaflags = {shlex.join([*CUDA_FLAGS, *gpus])}")
     lines.append(f"build {escape(target)}: link {' '.join(objects)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -265,7 +267,6 @@ class NinjaBuild(build_ext):
             "cxx": shlex.join(compiler),
             "cflags": shlex.join(cflags),
             "nvcc": shlex.quote(nvcc),
-            "cudaflags": shlex.join(CUDA_FLAGS),
             "linker": linker,
             "ldflags": ldflags,
         }

@@ -147,13 +147,18 @@ def test_cxx_names_the_compiler(
 
 def test_ninja_file_survives_spaces(build: ModuleType, tmp_path: Path) -> None:
     folder = tmp_path / "a b"
-    sources = [tmp_path / "c d" / name for name in ("module.cpp", "prox.cpp", "decode.cu")]
+    sources = [
+        tmp_path / "c d" / name for name in ("module.cpp", "prox.cpp", "a.cu", "a_hopper.cu")
+    ]
     variables = {"cxx": "c++", "cflags": "-O3", "nvcc": "'/a b/nvcc'", "linker": "$CXX"}
     build.write_ninja(folder, tmp_path / "out.so", sources, variables, "-O3 '-Ix y'")
     text = (folder / "build.ninja").read_text()
     assert "c$ d/module.cpp" in text and "a$ b/prox.o" in text
     assert text.count("'-Ix y'") == 1, "only module.cpp sees pybind11"
-    assert "decode.o: compile_cuda " in text and text.count(": compile ") == 2
+    assert "a.o: compile_cuda " in text and text.count(": compile ") == 2
+    _, plain, hopper = text.split(": compile_cuda ")
+    assert "sm_80" in plain and "sm_90a" not in plain
+    assert "sm_90a" in hopper and "sm_80" not in hopper
     assert "linker = $$CXX" in text
 
 

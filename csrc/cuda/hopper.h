@@ -48,9 +48,6 @@ inline const char* describe_tiles(TileMap* map, const void* data, std::int64_t r
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the operands";
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define PROXSPARSE_ON_HOPPER
-
 // Counts arrivals and bytes; a phase ends when those announced are there.
 using Barrier = std::uint64_t;
 
@@ -185,7 +182,5 @@ __device__ __forceinline__ void multiply_add_2to4(float (&sum)[kTokens / 2], con
 #undef PROXSPARSE_SUMS16
 #undef PROXSPARSE_SUMS4
 #undef PROXSPARSE_WGMMA
-
-#endif
 
 }  // namespace proxsparse

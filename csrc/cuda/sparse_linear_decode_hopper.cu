@@ -51,8 +51,6 @@ struct Shape {
   static_assert(2 * kStageBytes >= kSumBytes);
 };
 
-#ifdef PROXSPARSE_ON_HOPPER
-
 // Where in the ring chunk `index` is, and the parity of its turn.
 struct Turn {
   int stage = 0;
@@ -68,10 +66,13 @@ struct Turn {
 };
 
 template <typename S>
-__device__ __forceinline__ void decode(const TileMap& x, const TileMap& values,
-                                       const std::uint8_t* codes, const typename S::T* bias,
-                                       typename S::T* y, int M, int N, int K, int splits,
-                                       int stages) {
+__global__ void __launch_bounds__(kThreads, 2)
+    sparse_linear_decode_hopper_kernel(const __grid_constant__ TileMap x,
+                                       const __grid_constant__ TileMap values,
+                                       const std::uint8_t* __restrict__ codes,
+                                       const typename S::T* __restrict__ bias,
+                                       typename S::T* __restrict__ y, int M, int N, int K,
+                                       int splits, int stages) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -201,21 +202,6 @@ __device__ __forceinline__ void decode(const TileMap& x, const TileMap& values,
   __syncthreads();
   store_sums<T, S::kRows, S::kTokens, S::kColumnGroups, S::kSumStride, kThreads>(
       partial, bias, y, M, N, first_row, part, splits);
-}
-
-#endif
-
-template <typename S>
-__global__ void __launch_bounds__(kThreads, 2)
-    sparse_linear_decode_hopper_kernel(const __grid_constant__ TileMap x,
-                                       const __grid_constant__ TileMap values,
-                                       const std::uint8_t* __restrict__ codes,
-                                       const typename S::T* __restrict__ bias,
-                                       typename S::T* __restrict__ y, int M, int N, int K,
-                                       int splits, int stages) {
-#ifdef PROXSPARSE_ON_HOPPER
-  decode<S>(x, values, codes, bias, y, M, N, K, splits, stages);
-#endif
 }
 
 template <typename S>

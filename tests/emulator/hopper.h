@@ -7,7 +7,6 @@
 
 #include "ptx.h"
 
-#define PROXSPARSE_ON_HOPPER
 #define __grid_constant__
 
 namespace proxsparse {
