@@ -30,6 +30,10 @@ from proxsparse.errors import ProxsparseError
 
 MEMORY = ("min", "fast")
 _MAX_RUNS = 256  # shapes of inputs that a layer remembers how to run
+# Asked here, because torch.compile cannot ask before torch 2.13.
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
 
 
 class SparseLinear(nn.Module):
@@ -224,7 +228,7 @@ class SparseLinear(nn.Module):
             return y
         values, compressed, dense = self.values, self.compressed, self.dense
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
             # Autocast does not see into the op, so its rule is applied here: all but float64.
             dtype = torch.get_autocast_dtype(kind)
             x, values, bias, dense = (_autocast(t, dtype) for t in (x, values, bias, dense))

@@ -138,6 +138,17 @@ def test_copies_and_threads_in_any_order(
     assert torch.equal(y, exact(x, w))
 
 
+@pytest.mark.parametrize("descending", [False, True])
+@BOTH_KERNELS
+def test_sums_wait_for_the_products_of_all(
+    emulate: Callable[..., Tensor], device: tuple[int, int, int], descending: bool
+) -> None:
+    # One chunk, and sums of 64 tokens that need more memory than what some warps are done with.
+    x, w, values, codes = make(64, 128, 128, torch.bfloat16)
+    y = emulate(x, values, codes, None, (128, 1, 1), descending=descending, device=device)
+    assert torch.equal(y, exact(x, w))
+
+
 @pytest.mark.parametrize("m", [1, 64])
 def test_gpus_with_less_shared_memory(emulate: Callable[..., Tensor], m: int) -> None:
     x, w, values, codes = make(m, 64, 64 * 7, torch.float16)

@@ -182,6 +182,19 @@ def test_compiles_into_one_graph(memory: str) -> None:
         assert torch.equal(compiled(x), sparse(x))
 
 
+@pytest.mark.sparse_tc
+@pytest.mark.parametrize("memory", ["min", "fast"])
+def test_compiles_into_one_graph_on_a_gpu(memory: str) -> None:
+    layer = dense_layer(128, 256).to("cuda", torch.bfloat16)
+    layer.weight.data.copy_(ops.project_2to4(layer.weight.data))
+    sparse = SparseLinear.from_linear(layer, memory)
+    compiled = torch.compile(sparse, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (1, 8, 128):
+            x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+            assert torch.equal(compiled(x), sparse(x))
+
+
 def test_weight_is_readable_only() -> None:
     linear = dense_layer(6, 16)
     for memory in ("min", "fast"):

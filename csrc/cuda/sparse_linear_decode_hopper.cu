@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) keep(metadata[tile][step]);
       }
+      __syncwarp();  // all of them have read their codes
       if (lane == 0) arrive(read + turn.stage);
       turn.advance(S::kColumnGroups, stages);
     }

@@ -1,9 +1,10 @@
 // Runs CUDA kernels on the CPU, one block cluster at a time, to test their logic without a GPU.
 //
-// Each CUDA thread is a fiber. A fiber runs until it meets a barrier (of its warp, its block or its
-// cluster), so a kernel that lacks one goes wrong here as it may there. Two switches make the usual
-// races show: asynchronous copies land either at once or as late as they may, and fibers run in
-// ascending or descending order. Timing, bank conflicts and memory models are not emulated.
+// Each CUDA thread is a fiber. It runs until it meets a barrier (of its warp, block or cluster, or
+// one in shared memory), so a kernel that lacks one goes wrong here as it may there. Two switches
+// make the usual races show: asynchronous copies land either at once or as late as they may, and
+// warps take turns in ascending order, or each runs as far as it gets, the last one first. Timing,
+// bank conflicts and memory models are not emulated.
 #pragma once
 
 #include <ucontext.h>
@@ -141,12 +142,22 @@ inline bool run_grid(unsigned num_blocks, unsigned num_threads, unsigned cluster
     for (;;) {
       const std::uint64_t before = progress();
       bool all_done = true;
-      for (std::size_t i = 0; i < fibers.size(); ++i) {
-        Fiber& fiber = fibers[settings.descending ? fibers.size() - 1 - i : i];
-        if (fiber.done) continue;
-        current = &fiber;
-        swapcontext(&scheduler, &fiber.context);
-        all_done = all_done && fiber.done;
+      for (std::size_t w = 0; w < warps.size(); ++w) {
+        const std::size_t warp_first = 32 * (settings.descending ? warps.size() - 1 - w : w);
+        bool warp_done;
+        std::uint64_t reached;
+        do {
+          reached = progress();
+          warp_done = true;
+          for (std::size_t i = 0; i < 32; ++i) {
+            Fiber& fiber = fibers[warp_first + (settings.descending ? 31 - i : i)];
+            if (fiber.done) continue;
+            current = &fiber;
+            swapcontext(&scheduler, &fiber.context);
+            warp_done = warp_done && fiber.done;
+          }
+        } while (settings.descending && reached != progress());
+        all_done = all_done && warp_done;
       }
       if (all_done) break;
       if (progress() == before) return false;
