@@ -81,6 +81,8 @@ inline Cluster* cluster;
 inline ucontext_t scheduler;
 inline std::uint64_t arrivals;  // at barriers in shared memory
 
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
 inline void wait_at(Barrier& barrier) {
   const std::uint64_t round = barrier.round;
   if (++barrier.arrived == barrier.size) {
@@ -88,7 +90,7 @@ inline void wait_at(Barrier& barrier) {
     ++barrier.round;
     return;
   }
-  while (barrier.round == round) swapcontext(&current->context, &scheduler);
+  while (barrier.round == round) yield();
 }
 
 inline std::function<void()> body;
@@ -98,7 +100,7 @@ inline void start() {
   current->done = true;
   Block& block = *current->block;
   if (--block.running == 0) std::fill(block.memory.begin(), block.memory.end(), 0xff);
-  swapcontext(&current->context, &scheduler);
+  yield();
 }
 
 // Runs all blocks of a grid; false if the threads of a cluster wait for each other for ever.

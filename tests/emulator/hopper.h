@@ -1,5 +1,6 @@
-// The functions of csrc/cuda/hopper.h on the emulator. Products happen as they are asked for, or as
-// late as they may, like copies.
+// The functions of csrc/cuda/hopper.h on the emulator. Products happen as late as they may, which
+// is after early copies for the next chunk; and, where copies are late and warps take turns, at
+// once.
 #pragma once
 
 #include <cstdint>
@@ -58,16 +59,19 @@ inline void arrive_and_expect(Barrier* barrier, int bytes) {
   ++emulator::arrivals;
   --state.missing;
   state.missing_bytes += bytes;
-  if (bytes == 0) look_at(state);
 }
-inline void arrive(Barrier* barrier) { arrive_and_expect(barrier, 0); }
+inline void arrive(Barrier* barrier) {
+  arrive_and_expect(barrier, 0);
+  look_at(barriers.at(barrier));
+  emulator::yield();  // whoever waited for this may now go on before this thread does
+}
 
 inline void wait_for_phase(Barrier* barrier, unsigned parity) {
   while (true) {
     BarrierState& state = barriers.at(barrier);
     look_at(state);
     if (state.phase % 2 != parity) return;
-    swapcontext(&emulator::current->context, &emulator::scheduler);
+    emulator::yield();
   }
 }
 
@@ -167,7 +171,7 @@ void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w, const void* x,
       }
     }
   };
-  if (emulator::settings.copies_land_early) {
+  if (!emulator::settings.copies_land_early && !emulator::settings.descending) {
     multiply();
   } else {
     emulator::current->products.push_back(multiply);
