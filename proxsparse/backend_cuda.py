@@ -35,7 +35,7 @@ _log = logging.getLogger("proxsparse")
 CODES = {torch.bfloat16: 0, torch.float16: 1}
 _MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structured weight
 _TOKENS_MULTIPLE = 8  # and of the token count of 16-bit activations
-MAX_DECODE_TOKENS = 64
+MAX_DECODE_TOKENS, MAX_HOPPER_TOKENS = 64, 1024  # of the kernels for few tokens
 _BUCKETS = frozenset(tuning.BUCKETS)
 _DECODE_MULTIPLE = 64  # that the kernel for few tokens needs of in_features
 # Rows a block, chunks under way (1 few, 2 many), blocks that share the columns; see
@@ -406,14 +406,16 @@ def can_decode(k: int, tokens: int, dtype: torch.dtype, device: int) -> str:
         return "the extension was built without its CUDA kernels, and Triton is not installed"
     if dtype not in CODES:
         return f"it takes bfloat16 and float16, and the weight is {dtype}"
-    if tokens > MAX_DECODE_TOKENS:
-        return f"it takes at most {MAX_DECODE_TOKENS} tokens, and there are {tokens}"
     multiple = _DECODE_MULTIPLE if _cuda.has_decode else 8
     if k % multiple:
         return f"in_features must be a multiple of {multiple}, and is {k}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, and this GPU has {capability}"
+    is_hopper = _cuda.has_decode and capability[0] == 9
+    most = MAX_HOPPER_TOKENS if is_hopper else MAX_DECODE_TOKENS
+    if tokens > most:
+        return f"it takes at most {most} tokens, and there are {tokens}"
     return ""
 
 
@@ -454,13 +456,15 @@ def _probe_decode(device: int) -> bool:
     w = torch.randint(-4, 5, (n, k), generator=generator).float()
     w[:, 2::4] = w[:, 1::4] = 0
     w = torch.cat((w[: n // 2], w[n // 2 :].flip(-1)))
-    x = torch.randint(-3, 4, (MAX_DECODE_TOKENS, k), generator=generator).float()
+    x = torch.randint(-3, 4, (200, k), generator=generator).float()
     exact = (x @ w.T).to(device, torch.bfloat16)  # whole numbers: every sum is exact
     with torch.cuda.device(device):
         packed = w.to(device, torch.bfloat16)
         values, codes = contextvars.Context().run(torch.ops.proxsparse.pack_2to4, packed)
         run = executor(tuning.Candidate("decode"), device, torch.bfloat16, n, k, None)
-        for tokens in (1, 9, 17, 64):
+        for tokens in (1, 9, 17, 64, 200):
+            if can_decode(k, tokens, torch.bfloat16, device):
+                break
             rows = x[:tokens].to(device, torch.bfloat16)
             result = run(rows, values, codes, None, None, None)
             if not torch.equal(result, exact[:tokens]):

@@ -104,6 +104,20 @@ def test_every_token_count(
     assert torch.equal(emulate(x, values, codes, device=device), exact(x, w))
 
 
+@pytest.mark.parametrize(("m", "layout"), [(65, (0, 0, 0)), (200, (128, 2, 2)), (130, (256, 1, 1))])
+def test_more_tokens_than_a_block_takes(
+    emulate: Callable[..., Tensor], m: int, layout: tuple[int, int, int]
+) -> None:
+    x, w, values, codes = make(m, 144, 320, torch.bfloat16)
+    assert torch.equal(emulate(x, values, codes, None, layout), exact(x, w))
+
+
+def test_rows_that_pair_up_with_nothing(emulate: Callable[..., Tensor]) -> None:
+    x, w, values, codes = make(3, 65, 128, torch.bfloat16)
+    bias = torch.randint(-9, 10, (65,)).bfloat16()
+    assert torch.equal(emulate(x, values, codes, bias), exact(x, w, bias))
+
+
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 @pytest.mark.parametrize(("depth", "m"), [(1, 3), (2, 40)])
 @pytest.mark.parametrize("rows", [64, 128, 256])
@@ -197,6 +211,12 @@ def test_refuses_what_it_cannot(
 ) -> None:
     x, _, values, codes = make(m, 16, k, torch.bfloat16)
     with pytest.raises(AssertionError, match=message):
+        emulate(x, values, codes, device=BLACKWELL)
+
+
+def test_hopper_refuses_more_than_a_thousand_tokens(emulate: Callable[..., Tensor]) -> None:
+    x, _, values, codes = make(1025, 16, 64, torch.bfloat16)
+    with pytest.raises(AssertionError, match="1 to 1024 tokens"):
         emulate(x, values, codes)
 
 
@@ -207,7 +227,8 @@ def test_every_layout_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
     backend = pytest.importorskip("proxsparse.backend_cuda")
     if not backend._cuda.has_decode:
         pytest.fail("the extension was built without its CUDA kernels")
-    for m in (1, 7, 16, 17, 33, 64):
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    for m in (1, 7, 16, 17, 33, 64, *((65, 128, 1000) if hopper else ())):
         x, w, values, codes = (t.cuda() for t in make(m, n, k, dtype))
         bias = torch.randint(-9, 10, (n,), device="cuda").to(dtype)
         expected = exact(x, w, bias)

@@ -51,17 +51,31 @@ __device__ __forceinline__ std::uint32_t metadata_of(const unsigned char* codes,
   return __byte_perm(low | low >> 4, high | high >> 4, 0x6420);
 }
 
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
 // Adds the partial sums of a block's column groups, and of the blocks of its cluster, in a fixed
 // order, and stores the results; all threads together.
 template <typename T, int kRows, int kTokens, int kGroups, int kSumStride, int kThreads>
 __device__ __forceinline__ void store_sums(float* partial, const T* bias, T* y, int M, int N,
                                            int first_row, int part, int splits) {
+  constexpr int kPairs = kRows / 2;
   const int thread = threadIdx.x;
-  const auto store = [&](int m, int row, float sum) {
+  const auto store = [&](int m, int row, float first, float second) {
     const int n = first_row + row;
     if (n >= N) return;
-    if (bias != nullptr) sum += to_float(bias[n]);
-    y[static_cast<std::int64_t>(m) * N + n] = from_float<T>(sum);
+    const bool has_second = n + 1 < N;
+    if (bias != nullptr) first += to_float(bias[n]);
+    if (bias != nullptr && has_second) second += to_float(bias[n + 1]);
+    T* to = y + static_cast<std::int64_t>(m) * N + n;
+    if (N % 2 == 0) {
+      *reinterpret_cast<Pair<T>*>(to) = {from_float<T>(first), from_float<T>(second)};
+    } else {
+      to[0] = from_float<T>(first);
+      if (has_second) to[1] = from_float<T>(second);
+    }
   };
   const auto add_groups = [&](int m, int row) {
     float sum = 0.0f;
@@ -72,23 +86,27 @@ __device__ __forceinline__ void store_sums(float* partial, const T* bias, T* y, 
     return sum;
   };
   if (splits == 1) {
-    for (int i = thread; i < M * kRows; i += kThreads) {
-      store(i / kRows, i % kRows, add_groups(i / kRows, i % kRows));
+    for (int i = thread; i < M * kPairs; i += kThreads) {
+      const int m = i / kPairs, row = i % kPairs * 2;
+      store(m, row, add_groups(m, row), add_groups(m, row + 1));
     }
     return;
   }
-  for (int i = thread; i < M * kRows; i += kThreads) {
-    const int m = i / kRows, row = i % kRows;
-    partial[m * kSumStride + row] = add_groups(m, row);
+  if (kGroups > 1) {
+    for (int i = thread; i < M * kRows; i += kThreads) {
+      const int m = i / kRows, row = i % kRows;
+      partial[m * kSumStride + row] = add_groups(m, row);
+    }
   }
   synchronize_cluster();
-  for (int i = part * kThreads + thread; i < M * kRows; i += splits * kThreads) {
-    const int m = i / kRows, row = i % kRows;
-    float sum = 0.0f;
+  for (int i = part * kThreads + thread; i < M * kPairs; i += splits * kThreads) {
+    const int m = i / kPairs, row = i % kPairs * 2;
+    float first = 0.0f, second = 0.0f;
     for (int q = 0; q < splits; ++q) {
-      sum += read_shared_of(q, partial + m * kSumStride + row);
+      first += read_shared_of(q, partial + m * kSumStride + row);
+      second += read_shared_of(q, partial + m * kSumStride + row + 1);
     }
-    store(m, row, sum);
+    store(m, row, first, second);
   }
   synchronize_cluster();  // a block's memory must outlive the reads of the others
 }
@@ -119,10 +137,10 @@ inline const Device* current_device(int& index) {
 // `sparse_linear_decode` on the current device, which is a Hopper GPU.
 const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device);
 
-// Queues a kernel of the shape S; `splits` blocks are a cluster.
+// Queues a kernel of the shape S on so many blocks, of which `splits` are a cluster.
 template <typename S, typename... Parameters, typename... Arguments>
 const char* launch_decode(void (*kernel)(Parameters...), const DecodeCall& call,
-                          const Device& device, int index, int splits, int threads,
+                          const Device& device, int index, int blocks, int splits, int threads,
                           int shared_bytes, Arguments... arguments) {
   static std::atomic<std::uint64_t> allowed{0};  // devices on which the kernel may use its memory
   const std::uint64_t bit = std::uint64_t{1} << index;
@@ -133,7 +151,7 @@ const char* launch_decode(void (*kernel)(Parameters...), const DecodeCall& call,
     allowed.fetch_or(bit, std::memory_order_relaxed);
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = (call.out_features + S::kRows - 1) / S::kRows * splits;
+  config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(call.stream);

@@ -156,12 +156,21 @@ __device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
                      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
                      "%16, %17, %18, %19",                                                      \
                      PROXSPARSE_SUMS16(0));                                                     \
-  } else {                                                                                      \
+  } else if constexpr (kTokens == 64) {                                                         \
     PROXSPARSE_WGMMA("64", TYPE,                                                                \
                      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "  \
                      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "   \
                      "%30, %31}, %32, %33, %34, %35",                                           \
                      PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16));                              \
+  } else {                                                                                      \
+    PROXSPARSE_WGMMA("128", TYPE,                                                               \
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "            \
+                     "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "   \
+                     "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "   \
+                     "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "   \
+                     "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, %66, %67",             \
+                     PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16), PROXSPARSE_SUMS16(32),        \
+                     PROXSPARSE_SUMS16(48));                                                    \
   }
 
 // Begins sum[64 rows, kTokens] += w[64, 32] x[32, kTokens] with a 2:4 w, of which the 16 kept
@@ -170,7 +179,7 @@ __device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
 template <typename T, int kTokens, int kSelector>
 __device__ __forceinline__ void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w,
                                                   const void* x, std::uint32_t metadata) {
-  static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64);
+  static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64 || kTokens == 128);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     PROXSPARSE_PRODUCT("bf16.bf16")
   } else {

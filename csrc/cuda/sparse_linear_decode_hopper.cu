@@ -4,7 +4,8 @@
 // codes between them land in shared memory without passing through registers, several chunks ahead.
 // Two warpgroups multiply: the tensor cores read values and tokens from shared memory where they
 // landed; only the codes pass through registers, as metadata. So copies never wait for products,
-// and up to 64 tokens a block is bound by what it reads.
+// and up to 64 tokens a block is bound by what it reads. More than 128 are dealt out to several
+// blocks of the same rows.
 //
 // The form of the weight, the rows of a block and the split of the columns over a cluster are those
 // of sparse_linear_decode.cu. Every sum has a fixed order: results are bitwise reproducible.
@@ -46,9 +47,9 @@ struct Shape {
   static constexpr int kMostSharedBytes = 227 * 1024;
   static constexpr int kSumStride = rows + 4;  // of a token; the 4 spread a warp over all banks
   static constexpr int kSumBytes = kColumnGroups * tokens * kSumStride * 4;
-  static_assert(kStageBytes % kTileAlignment == 0);
-
-  static_assert(2 * kStageBytes >= kSumBytes);
+  static_assert(kStageBytes % kTileAlignment == 0 && 2 * kStageBytes >= kSumBytes);
+  // On a multiprocessor, for which registers are set aside.
+  static constexpr int kBlocks = kRowTiles * tokens > 128 ? 1 : 2;
 };
 
 // Where in the ring chunk `index` is, and the parity of its turn.
@@ -66,17 +67,19 @@ struct Turn {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, S::kBlocks)
     sparse_linear_decode_hopper_kernel(const __grid_constant__ TileMap x,
                                        const __grid_constant__ TileMap values,
                                        const std::uint8_t* __restrict__ codes,
                                        const typename S::T* __restrict__ bias,
                                        typename S::T* __restrict__ y, int M, int N, int K,
-                                       int splits, int stages) {
+                                       int token_tiles, int splits, int stages) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int first_row = blockIdx.x / splits * S::kRows, part = blockIdx.x % splits;
+  const int part = blockIdx.x % splits, tile = blockIdx.x / splits;
+  const int first_row = tile / token_tiles * S::kRows;
+  const int first_token = tile % token_tiles * S::kTokens;
   const int num_chunks = (K + kColumns - 1) / kColumns;
   const int begin = num_chunks * part / splits, count = num_chunks * (part + 1) / splits - begin;
   Barrier* landed = reinterpret_cast<Barrier*>(shared);
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       unsigned char* to = ring + stage * S::kStageBytes + S::kTokensAt;
       for (int step = 0; step < kSteps; ++step) {
         const int column = (begin + i) * kColumns + step * kStep;
-        copy_tile(to + step * S::kTokenTile, x, 0, column, landed + stage);
+        copy_tile(to + step * S::kTokenTile, x, first_token, column, landed + stage);
       }
     };
     // The weight does not depend on the kernel before, so its first chunks are under way while that
@@ -202,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
   store_sums<T, S::kRows, S::kTokens, S::kColumnGroups, S::kSumStride, kThreads>(
-      partial, bias, y, M, N, first_row, part, splits);
+      partial, bias, y + static_cast<std::int64_t>(first_token) * N,
+      min(M - first_token, S::kTokens), N, first_row, part, splits);
 }
 
 template <typename S>
@@ -211,9 +215,9 @@ const char* launch(const DecodeCall& call, int index, const Device& device,
   using T = typename S::T;
   // Of a multiprocessor's memory the system takes 1 KB for each block; depth 1 is for two blocks.
   const int most = device.shared_bytes + 1024;
-  const int available = (layout.depth == 2 ? most : most / 2) - 1024 - kStagesAt;
-  const int stages = std::min(available / S::kStageBytes, kMaxStages);
-  if (stages < 2) return "a block of this GPU has too little shared memory";
+  const auto stages_in = [&](int bytes) { return (bytes - 1024 - kStagesAt) / S::kStageBytes; };
+  int stages = std::min(stages_in(layout.depth == 2 ? most : most / 2), kMaxStages);
+  if (stages < 2) stages = stages_in(most);
   TileMap x, values;
   const char* error = describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride,
                                      S::kTokens, call.is_bfloat16);
@@ -222,11 +226,14 @@ const char* launch(const DecodeCall& call, int index, const Device& device,
                            call.in_features / 2, S::kRows, call.is_bfloat16);
   }
   if (error != nullptr) return error;
-  return launch_decode<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index, layout.splits,
-                          kThreads, kStagesAt + stages * S::kStageBytes, x, values,
+  const int token_tiles = (call.tokens + S::kTokens - 1) / S::kTokens;
+  const int row_tiles = (call.out_features + S::kRows - 1) / S::kRows;
+  return launch_decode<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index,
+                          row_tiles * token_tiles * layout.splits, layout.splits, kThreads,
+                          kStagesAt + stages * S::kStageBytes, x, values,
                           static_cast<const std::uint8_t*>(call.codes),
                           static_cast<const T*>(call.bias), static_cast<T*>(call.y), call.tokens,
-                          call.out_features, call.in_features, layout.splits, stages);
+                          call.out_features, call.in_features, token_tiles, layout.splits, stages);
 }
 
 template <typename T, int tokens>
@@ -243,7 +250,8 @@ const char* launch_for_type(const DecodeCall& call, int index, const Device& dev
   if (call.tokens <= 8) return launch_for_tokens<T, 8>(call, index, device, layout);
   if (call.tokens <= 16) return launch_for_tokens<T, 16>(call, index, device, layout);
   if (call.tokens <= 32) return launch_for_tokens<T, 32>(call, index, device, layout);
-  return launch_for_tokens<T, 64>(call, index, device, layout);
+  if (call.tokens <= 64) return launch_for_tokens<T, 64>(call, index, device, layout);
+  return launch_for_tokens<T, 128>(call, index, device, layout);
 }
 
 // What was fastest on an H200, without trying, or within some percent of it. Half as many blocks
@@ -252,7 +260,8 @@ const char* launch_for_type(const DecodeCall& call, int index, const Device& dev
 DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
   DecodeLayout layout = call.layout;
   const int most = device.multiprocessors, enough = most * 5 / 6;
-  const auto tiles = [&](int rows) { return (call.out_features + rows - 1) / rows; };
+  const int token_tiles = (call.tokens + 127) / 128;
+  const auto tiles = [&](int rows) { return (call.out_features + rows - 1) / rows * token_tiles; };
   if (layout.rows == 0) {
     const bool is_one_wave = tiles(256) >= enough && tiles(256) <= most;
     layout.rows = tiles(64) <= 2 * most ? 64 : is_one_wave && call.tokens <= 16 ? 256 : 128;
@@ -273,6 +282,7 @@ DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
 }  // namespace
 
 const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device) {
+  if (call.tokens > kMaxHopperTokens) return "1 to 1024 tokens are supported";
   const DecodeLayout layout = choose_layout(call, device);
   return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, device, layout)
                           : launch_for_type<__half>(call, index, device, layout);
