@@ -4,16 +4,21 @@ A decode step is a few hundred kernels of microseconds each; launched one by one
 what is measured. So every tensor of a step (tokens, position, cache) stays where it is, and the
 step is recorded once as a CUDA graph. Models whose state cannot stay in place are left to
 transformers, and the result says so.
+
+What is left beside the weights is mostly attention: transformers repeats keys and values for the
+query heads that share them, whole cache and in every layer. A step does without, see
+`_grouped_attention`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +34,10 @@ from proxsparse.sparse_linear import sparse_layers
 _BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 _WARM_UP_STEPS = 3  # libraries pick kernels and allocate in their first calls
 _STEPS_PER_CHECK = 16  # a look at the tokens makes the host wait for the GPU
+_STEP_ATTENTION = "proxsparse_step"  # what transformers knows `_grouped_attention` by
+# Given to attention functions and of no use to `sdpa`: the mask has what is in them.
+_FOR_OTHER_ATTENTION = frozenset({"cache_position", "position_ids", "sliding_window", "use_cache"})
+_ARGMAX_WIDTH = 256  # logits of the first of two stages; divides most vocabularies
 
 
 class NoStaticCache(ProxsparseError):
@@ -40,13 +49,16 @@ class Decoder:
 
     The most likely token is taken each time; nothing of the model's generation config applies. On
     CUDA a step is captured in a graph and replayed. The graph holds addresses of weights, which are
-    not copied: make a new Decoder after layers were replaced or moved.
+    not copied: make a new Decoder after layers were replaced or moved. A step of a model whose
+    attention is "sdpa" repeats no keys and values; its config says so while the step runs (or is
+    captured) and is as before when it has.
 
     Args:
         model: a Hugging Face causal LM on one device, in eval mode.
         batch_size: sequences, B.
         max_tokens: of a sequence, prompt and new ones, at least 2.
-        compile: whether `torch.compile` fuses the small kernels of a step first.
+        compile: whether `torch.compile` fuses the small kernels of a step first; the prompt is
+            read without.
 
     Attributes:
         tokens: int64 [B, max_tokens] on the device; the first `length` columns are filled.
@@ -64,14 +76,16 @@ class Decoder:
         self, model: Any, batch_size: int, max_tokens: int, *, compile: bool = False
     ) -> None:
         self._model, self._cache = model, _make_cache(model, max_tokens)
-        self._model_of_step = torch.compile(model) if compile else model
+        # A function, not a method, which would keep this object and its cache alive in a cycle.
+        self._advance_by_one = torch.compile(_advance) if compile else _advance
+        self._configs = _configs_to_regroup(model)
         device = model.device
         self.tokens = torch.zeros(batch_size, max_tokens, dtype=torch.long, device=device)
         self.length = 0
         self._position = torch.zeros(1, dtype=torch.long, device=device)  # of the last token
         # Given whole, because some models make one themselves whose size they read from the device.
         self._attention_mask = torch.ones_like(self.tokens)
-        self._accepted = inspect.signature(model.forward).parameters
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.mode = "static cache"
         try:
@@ -112,7 +126,9 @@ class Decoder:
         self._reset()
         self.tokens[:, :length] = input_ids
         positions = torch.arange(length, device=self.tokens.device)
-        self.tokens[:, length] = self._predict(self._model, input_ids, positions, None)
+        self.tokens[:, length] = _predict(
+            self._model, self._accepted, input_ids, positions, None, self._cache
+        )
         self._position.fill_(length)
         self.length = length + 1
 
@@ -141,31 +157,16 @@ class Decoder:
 
     @torch.no_grad()
     def _advance(self) -> None:
-        """Reads the token at `_position`, writes the next one and moves on; all on the device."""
-        last = self.tokens.index_select(1, self._position)
-        model = self._model_of_step
-        following = self._predict(model, last, self._position, self._attention_mask)
-        self._position.add_(1)
-        self.tokens.index_copy_(1, self._position, following[:, None])
-
-    def _predict(
-        self, model: Any, input_ids: Tensor, positions: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """The most likely token [B] after input_ids [B, L] at positions [L]."""
-        arguments = {
-            "position_ids": positions.expand(len(input_ids), -1),
-            "cache_position": positions,  # until transformers 5 the cache does not count itself
-            "logits_to_keep": 1,
-        }
-        output = model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **{name: value for name, value in arguments.items() if name in self._accepted},
-        )
-        following: Tensor = output.logits[:, -1].argmax(-1)
-        return following
+        """`_advance` of this decoder's tensors, with the attention of a step."""
+        with _regrouped(self._configs):
+            self._advance_by_one(
+                self._model,
+                self._accepted,
+                self.tokens,
+                self._position,
+                self._attention_mask,
+                self._cache,
+            )
 
     def _capture(self, device: torch.device) -> None:
         """Records `_advance`, or notes in `mode` why that cannot be."""
@@ -191,6 +192,161 @@ class Decoder:
             else:
                 self._graph, self.mode = graph, "cuda graph"
         torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _advance(
+    model: Any, accepted: Set[str], tokens: Tensor, position: Tensor, mask: Tensor, cache: Any
+) -> None:
+    """Reads the token at `position` [1], writes the next one and moves on; all on the device.
+
+    All of it is one function, so that compiled code also looks up and chooses the tokens.
+    """
+    last = tokens.index_select(1, position)
+    following = _predict(model, accepted, last, position, mask, cache)
+    position.add_(1)
+    tokens.index_copy_(1, position, following[:, None])
+
+
+def _predict(
+    model: Any,
+    accepted: Set[str],
+    input_ids: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    cache: Any,
+) -> Tensor:
+    """The most likely token [B] after input_ids [B, L] at positions [L].
+
+    `accepted` are the names of the arguments that the model's forward takes.
+    """
+    arguments = {
+        "position_ids": positions.expand(len(input_ids), -1),
+        "cache_position": positions,  # until transformers 5 the cache does not count itself
+        "logits_to_keep": 1,
+    }
+    output = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        **{name: value for name, value in arguments.items() if name in accepted},
+    )
+    logits: Tensor = output.logits[:, -1]
+    return _argmax(logits)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The place [B] of the largest of logits [B, V], of equal ones the first.
+
+    In two stages: PyTorch's argmax gives a row to one block of a GPU, which for a large vocabulary
+    takes as long as a layer's product.
+    """
+    width = math.gcd(logits.shape[-1], _ARGMAX_WIDTH)
+    values, places = logits.reshape(len(logits), -1, width).max(-1)
+    part = values.argmax(-1, keepdim=True)
+    return (part * width + places.gather(-1, part)).squeeze(-1)
+
+
+def _grouped_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' `sdpa` attention, which for one position repeats no keys and values.
+
+    The H / Hkv query heads that share a head of keys and values become so many positions of one
+    head, which attend to the same places. What else `sdpa` takes is left to it.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, 1, D].
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        attention_mask: bool or added, [B or 1, 1, 1, S], or None.
+        dropout: 0, else it is left to `sdpa`.
+        scaling: of the scores; D ** -0.5 unless given.
+        **kwargs: those that `sdpa` does not look at, else it is left to it.
+
+    Returns:
+        [B, 1, H, Dv] and no attention weights, as transformers wants it.
+
+    Cost: memory-bound; reads keys and values once.
+    """
+    batch_size, heads, length, _ = query.shape
+    kv_heads, places = key.shape[1:3]
+    is_plain = all(
+        x is None or x is False or name in _FOR_OTHER_ATTENTION for name, x in kwargs.items()
+    )
+    has_plain_mask = attention_mask is None or (
+        attention_mask.dim() == 4 and attention_mask.shape[1:] == (1, 1, places)
+    )
+    is_grouped = length == 1 and heads > kv_heads and heads % kv_heads == 0
+    if not (is_grouped and is_plain and has_plain_mask and dropout == 0):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(batch_size, kv_heads, heads // kv_heads, -1),
+        key,
+        value,
+        attn_mask=attention_mask,
+        scale=scaling,
+    )
+    return attended.reshape(batch_size, 1, heads, -1), None
+
+
+def _configs_to_regroup(model: Any) -> list[Any]:
+    """The configs by which the model's layers find their attention; none if it cannot be ours.
+
+    One that holds others comes before them. It cannot be ours in a model that does not look its
+    attention function up, and where somebody has put another one in the place of "sdpa".
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError:  # no such interface; "sdpa" itself gives the same
+        return []
+    if not getattr(model, "_supports_attention_backend", False):
+        return []
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+        return []
+    AttentionInterface.register(_STEP_ATTENTION, _grouped_attention)
+    AttentionMaskInterface.register(_STEP_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if hasattr(config, "_attn_implementation") and id(config) not in found:
+            found[id(config)] = config
+            for name in getattr(config, "sub_configs", {}):
+                add(getattr(config, name, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _regrouped(configs: list[Any]) -> Iterator[None]:
+    """Let `_grouped_attention` stand for "sdpa" in these configs, whatever happens meanwhile."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config, name in zip(configs, before, strict=True):
+            # Others are set too, to what they were: a config sets those that it holds.
+            config._attn_implementation = _STEP_ATTENTION if name == "sdpa" else name
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
 
 
 @contextlib.contextmanager

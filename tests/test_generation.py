@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxsparse import ProxsparseError, ops, sparsify_
-from proxsparse.generation import Decoder, NoStaticCache, decode_greedily, generate
+from proxsparse.generation import (
+    _STEP_ATTENTION,
+    Decoder,
+    NoStaticCache,
+    _argmax,
+    _configs_to_regroup,
+    _grouped_attention,
+    _regrouped,
+    decode_greedily,
+    generate,
+)
 from proxsparse.targets import find_targets
 
 TinyModel = Callable[[str], Any]
@@ -24,16 +37,26 @@ def lively(tiny_model: TinyModel) -> TinyModel:
     """As `tiny_model`, with larger weights, lest every token be the same; no token is an end."""
 
     def make(name: str) -> Any:
-        model = tiny_model(name)
-        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.data.mul_(2 if id(parameter) in looked_up else 15)
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        return model
+        return enliven_(tiny_model(name))
 
     return make
+
+
+def enliven_(model: Any) -> Any:
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(2 if id(parameter) in looked_up else 15)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def with_kv_heads(model: Any, num: int) -> Any:
+    """Another model of its kind, lively too, whose 4 query heads share so many of keys."""
+    config = copy.deepcopy(model.config)
+    config.num_key_value_heads = num
+    return enliven_(type(model)(config).eval())
 
 
 def prune_(model: Any) -> Any:
@@ -176,6 +199,195 @@ def test_a_step_reads_nothing_back(lively: TinyModel, name: str, attention: str)
         decoder.step()
     with pytest.raises(AssertionError), NoReadBack():
         decoder.tokens[0, 0].item()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_shared_keys_are_not_repeated(
+    lively: TinyModel, kv_heads: int, batch_size: int, monkeypatch: Any
+) -> None:
+    model = with_kv_heads(lively("llama"), kv_heads)
+    x = prompts(model, batch_size)
+    decoder = Decoder(model, batch_size, 31)
+    decoder.prefill(x)
+    plain, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watch(query: Tensor, key: Tensor, *given: Any, **named: Any) -> Tensor:
+        seen.append((query.shape, key.shape))
+        return plain(query, key, *given, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    decoder.step()
+    monkeypatch.undo()
+    query, key = (batch_size, kv_heads, 4 // kv_heads, 8), (batch_size, kv_heads, 31, 8)
+    assert seen == [(query, key)] * 2
+    while decoder.length < 31:
+        decoder.step()
+    assert decoder.tokens[:, 11:].tolist() == expected(model, x, 20)
+
+
+def attention_arguments(dtype: torch.dtype, length: int = 1) -> dict[str, Any]:
+    mask = torch.rand(3, 1, length, 13) < 0.7
+    mask[..., 0] = True
+    return {
+        "module": nn.Module(),
+        "query": torch.randn(3, 8, length, 16).to(dtype),
+        "key": torch.randn(3, 2, 13, 16).to(dtype),
+        "value": torch.randn(3, 2, 13, 16).to(dtype),
+        "attention_mask": mask,
+        "scaling": 0.3,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bool", "of one sequence", "added", "none"])
+def test_grouped_attention_is_the_same(dtype: torch.dtype, kind: str) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    given = attention_arguments(dtype)
+    mask = given["attention_mask"]
+    added = torch.where(mask, torch.randn(mask.shape), -torch.inf).to(dtype)
+    masks = {"bool": mask, "of one sequence": mask[:1], "added": added, "none": None}
+    given["attention_mask"] = masks[kind]
+    ours, no_weights = _grouped_attention(**given, dropout=0.0, position_ids=mask, use_cache=True)
+    given["module"].num_key_value_groups = 4
+    theirs, _ = sdpa_attention_forward(**given)
+    assert no_weights is None and ours.dtype == dtype and ours.shape == theirs.shape
+    assert ours.is_contiguous()
+    exact = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in given.items()
+    }
+    truth, _ = sdpa_attention_forward(**exact)
+    allowed = 2 * (theirs.double() - truth).abs().max() + 1e-7
+    assert (ours.double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": torch.zeros(3, 8, 2, 16), "attention_mask": None},
+        {"query": torch.zeros(3, 2, 1, 16)},
+        {"attention_mask": torch.ones(3, 8, 1, 13, dtype=torch.bool)},
+        {"attention_mask": torch.ones(3, 1, 1, 20, dtype=torch.bool)},
+        {"dropout": 0.5},
+        {"softcap": 30.0},
+        {"s_aux": torch.zeros(8)},
+        {"is_causal": True},
+        {"position_bias": torch.zeros(1, 8, 1, 13)},
+    ],
+    ids=str,
+)
+def test_other_attention_is_left_to_transformers(change: dict[str, Any], monkeypatch: Any) -> None:
+    from transformers.integrations import sdpa_attention
+
+    def keep(*given: Any, **named: Any) -> Any:
+        names = ("module", "query", "key", "value", "attention_mask")
+        return dict(zip(names, given, strict=True)) | named
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", keep)
+    given: Any = {"dropout": 0.0} | attention_arguments(torch.float32) | change
+    passed: Any = _grouped_attention(**given)
+    assert passed.keys() == given.keys()
+    assert all(passed[name] is x for name, x in given.items())
+
+
+def test_the_model_keeps_its_attention(lively: TinyModel) -> None:
+    model = lively("llama")
+    seen, fails = [], []
+
+    def look(*_: Any) -> None:
+        seen.append(model.config._attn_implementation)
+        if fails:
+            raise RuntimeError("no such thing")
+
+    model.model.norm.register_forward_hook(look)
+    decoder = Decoder(model, 1, 16)
+    decoder.prefill(prompts(model, 1))
+    decoder.step()
+    assert seen == ["sdpa", _STEP_ATTENTION] * 2
+    fails.append(True)
+    with pytest.raises(RuntimeError, match="no such thing"):
+        decoder.step()
+    assert seen.pop() == _STEP_ATTENTION and model.config._attn_implementation == "sdpa"
+    fails.clear()
+    model.set_attn_implementation("eager")
+    decoder.step()
+    assert seen.pop() == model.config._attn_implementation == "eager"
+
+
+def test_each_config_keeps_its_own_attention() -> None:
+    from transformers import LlavaConfig
+
+    config = LlavaConfig()
+    parts = [config, config.text_config, config.vision_config]
+    for part, name in zip(parts, ("sdpa", "sdpa", "eager"), strict=True):
+        part._attn_implementation = name
+    model = nn.Module()
+    model.config, model.part = config, nn.Module()
+    model.part.config, model._supports_attention_backend = config.text_config, True
+    found = _configs_to_regroup(model)
+    assert found[0] is config and {id(x) for x in found} == {id(x) for x in parts}
+    with pytest.raises(ValueError), _regrouped(found):
+        names = [part._attn_implementation for part in parts]
+        assert names == [_STEP_ATTENTION, _STEP_ATTENTION, "eager"]
+        raise ValueError
+    assert [part._attn_implementation for part in parts] == ["sdpa", "sdpa", "eager"]
+
+
+def test_attention_that_is_not_transformers_own_stays(lively: TinyModel, monkeypatch: Any) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    model = lively("llama")
+    assert _configs_to_regroup(model) == [model.config]
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_supports_attention_backend", False, raising=False)
+        assert not _configs_to_regroup(model)
+    try:
+        AttentionInterface.register("sdpa", lambda *given, **named: plain(*given, **named))
+        assert not _configs_to_regroup(model)
+    finally:
+        AttentionInterface.register("sdpa", plain)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_a_step_is_traced_once_and_whole(
+    lively: TinyModel, is_sparse: bool, monkeypatch: Any
+) -> None:
+    model = prune_(lively("llama"))
+    if is_sparse:
+        sparsify_(model)
+    x, keys = prompts(model), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target is torch.nn.functional.scaled_dot_product_attention:
+                keys.append(node.args[1].meta["example_value"].shape)
+        return graph
+
+    # What a backend makes of the graph is not the question here, and takes its time.
+    traced = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    counters.clear()
+    decoder = Decoder(model, 3, 32, compile=True)
+    for length in (5, 11):
+        decoder.prefill(x[:, :length])
+        while decoder.length < 32:
+            decoder.step()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert keys == [(3, 2, 32, 8)] * 2
+    assert decoder.tokens[:, 11:].tolist() == expected(model, x, 21)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("vocabulary", [1, 96, 97, 1024])
+def test_argmax_of_two_stages(vocabulary: int) -> None:
+    logits = torch.randint(-20, 3, (5, vocabulary)).to(torch.bfloat16)  # so that many are equal
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert _argmax(logits).tolist() == first
+    assert _argmax(logits).dtype == torch.long
 
 
 @pytest.mark.gpu
