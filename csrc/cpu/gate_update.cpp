@@ -17,6 +17,7 @@ PROXSPARSE_CLONES static void gate_update_range(const GateCall& call, std::int64
     const float* w0 = call.w0.read(at, n, buffer_w0);
     const float* m = call.m.read(at, n, buffer_m);
     const float* v = call.v.read(at, n, buffer_v);
+    float* new_s = call.s.target(at, n, buffer_s);
     float* new_m = call.m.target(at, n, buffer_m);
     float* new_v = call.v.target(at, n, buffer_v);
     const float* norms = read_norms(call, at, n, buffer_norms);
@@ -28,11 +29,16 @@ PROXSPARSE_CLONES static void gate_update_range(const GateCall& call, std::int64
       new_m[i] = moment1, new_v[i] = moment2;
     }
     gate_prior(w0, norms, gate, prior, z);
+    // The solver leaves the memory idle.
+    if (at + kTile < end) {
+      call.s.prefetch(at + kTile), call.grad.prefetch(at + kTile), call.w0.prefetch(at + kTile);
+      call.m.prefetch(at + kTile), call.v.prefetch(at + kTile);
+    }
     prox.solve(z);
-    gates_of(z, prior, gate);
+    gates_of(z, prior, new_s);
     call.m.write(at, n, new_m);
     call.v.write(at, n, new_v);
-    call.s.write(at, n, gate);
+    call.s.write(at, n, new_s);
     if (call.out.data != nullptr) {
       // The gate as it was stored, so that a low-precision gate and its weight agree.
       const float* stored = call.s.read(at, n, buffer_s);

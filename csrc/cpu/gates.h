@@ -42,7 +42,10 @@ PROXSPARSE_INLINE const float* read_norms(const GateCall& call, std::int64_t at,
 }
 
 // NaN passes through.
-PROXSPARSE_INLINE float clip(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
+PROXSPARSE_INLINE float clip(float x) {
+  const float above = x < 0.0f ? 0.0f : x;
+  return above > 1.0f ? 1.0f : above;
+}
 
 PROXSPARSE_INLINE float floored(float prior) { return prior > kPriorFloor ? prior : kPriorFloor; }
 

@@ -28,8 +28,8 @@ namespace proxsparse {
 
 constexpr int kChunk = 16;  // lanes of the dense candidate solved side by side
 constexpr int kThreeSteps = 9, kDenseSteps = 3;
-constexpr float kConverged = 1e-3f;    // relative Newton step; the next is its square
-constexpr float kArrived = 1e-2f;      // the same, of the last step allowed
+constexpr float kConverged = 1e-2f;    // relative Newton step; Halley's error is its cube
+constexpr float kArrived = 1e-2f;      // relative Newton step, the last allowed
 constexpr float kLargestU1 = 1.2501f;  // above it the 2-sparse candidate wins
 constexpr float kLargestX3 = 0.708f;   // of a 3-sparse winner
 constexpr float kJumpPull = -0.08f;    // least pull at which the dense candidate wins by a jump
@@ -37,8 +37,13 @@ constexpr float kHuge = 1e18f;         // squares beyond it overflow
 
 using Lanes = float[kLanes];
 using Flags = std::int32_t[kLanes];
+constexpr std::int32_t kGrows = 1, kJumps = 2;  // how the dense candidate may win
 
-PROXSPARSE_INLINE float positive(float x) { return x > 0.0f ? x : 0.0f; }
+// The maximum of integers is one instruction, that of floats two. NaN becomes 0 or stays NaN.
+PROXSPARSE_INLINE float positive(float x) {
+  const std::int32_t bits = static_cast<std::int32_t>(float_to_bits(x));
+  return bits_to_float(static_cast<std::uint32_t>(bits > 0 ? bits : 0));
+}
 
 class Prox {
  public:
@@ -111,36 +116,37 @@ class Prox {
   // The general case: sort, find the winner, put back; in place.
   PROXSPARSE_INLINE void solve_sorted(Lanes (&z)[4]) const {
     alignas(64) Lanes u[4], x[3];
-    alignas(64) Flags order, needs3, dense, jumps;
+    alignas(64) Flags order, needs3, dense;
     std::int32_t any3 = 0;
 
     // Adjacent exchanges only, which is stable: of equal magnitudes the lower index stays first.
-    PROXSPARSE_SIMD
+#pragma omp simd reduction(| : any3)
     for (int i = 0; i < kLanes; ++i) {
       std::int32_t m1 = to_int(z[0][i]), m2 = to_int(z[1][i]);
       std::int32_t m3 = to_int(z[2][i]), m4 = to_int(z[3][i]);
       std::int32_t swaps = exchange(m1, m2, 1) | exchange(m2, m3, 2) | exchange(m3, m4, 4);
       swaps |= exchange(m1, m2, 8) | exchange(m2, m3, 16);
       order[i] = swaps | exchange(m1, m2, 32);
-      z[0][i] = bits_to_float(m1), z[1][i] = bits_to_float(m2);
-      z[2][i] = bits_to_float(m3), z[3][i] = bits_to_float(m4);
-    }
-#pragma omp simd reduction(| : any3)
-    for (int i = 0; i < kLanes; ++i) {
-      const std::int32_t candidate = lam_ * z[0][i] < kLargestU1 ? 1 : 0;
-      const float a = candidate ? lam_ * z[0][i] : 0.0f, b = candidate ? lam_ * z[1][i] : 0.0f;
-      const float c = candidate ? lam_ * z[2][i] : 0.0f, d = candidate ? lam_ * z[3][i] : 0.0f;
+      const float z1 = bits_to_float(m1), z2 = bits_to_float(m2);
+      const float z3 = bits_to_float(m3), z4 = bits_to_float(m4);
+      z[0][i] = z1, z[1][i] = z2, z[2][i] = z3, z[3][i] = z4;
+
+      // Where the 2-sparse candidate wins for its size, u is 0 and nothing below is cut.
+      const bool candidate = is_candidate(z1);
+      const float a = candidate ? lam_ * z1 : 0.0f, b = candidate ? lam_ * z2 : 0.0f;
+      const float c = candidate ? lam_ * z3 : 0.0f, d = candidate ? lam_ * z4 : 0.0f;
       u[0][i] = a, u[1][i] = b, u[2][i] = c, u[3][i] = d;
       const float surely2 = a * a + b * b < 1.0f ? a * b - c : -1.0f;
       const float surely4 = d - (a * b + c * (a + b));
-      const std::int32_t unless4 = surely4 > 0.0f ? 0 : candidate;
-      dense[i] = candidate;
-      needs3[i] = surely2 < 0.0f ? unless4 : 0;
-      any3 |= needs3[i];
+      const std::int32_t unless4 = surely4 > 0.0f ? 0 : 1;
+      const std::int32_t needed = surely2 < 0.0f ? unless4 : 0;
+      const float start = start_three(a, b, c);
+      needs3[i] = needed;
+      x[2][i] = needed ? start : 0.0f;
+      any3 |= needed;
     }
 
     // The best sparser candidate, and the pull on a fourth entry there.
-    for (int i = 0; i < kLanes; ++i) x[2][i] = 0.0f;
     if (any3) solve_three(u, needs3, x[2]);
     PROXSPARSE_SIMD
     for (int i = 0; i < kLanes; ++i) {
@@ -151,21 +157,26 @@ class Prox {
       const float first = third > 0.0f ? x1 : a, second = third > 0.0f ? x2 : b;
       x[0][i] = first, x[1][i] = second, x[2][i] = third;
       const float pull = u[3][i] - (first * second + third * (first + second));
-      const std::int32_t jump = a + b > 1.0f ? (pull > kJumpPull ? dense[i] : 0) : 0;
-      dense[i] = pull >= 0.0f ? dense[i] : jump;
-      jumps[i] = pull >= 0.0f ? 0 : jump;
+      const std::int32_t jumps = a + b > 1.0f ? (pull > kJumpPull ? kJumps : 0) : 0;
+      const std::int32_t grows = is_candidate(z[0][i]) ? kGrows : 0;
+      dense[i] = pull >= 0.0f ? grows : jumps;
     }
     // Few lanes need the dense candidate, and it costs the most: they are solved side by side.
-    alignas(64) std::int32_t lanes[kLanes + kChunk];
-    int count = 0;
-    for (int i = 0; i < kLanes; ++i) {
-      lanes[count] = i;
-      count += dense[i];
+    Chunk chunk;
+    for (int word = 0; word < kLanes; word += 32) {
+      std::uint32_t bits = 0;
+#pragma omp simd reduction(| : bits)
+      for (int i = 0; i < 32; ++i) bits |= dense[word + i] ? 1u << i : 0u;
+      for (; bits != 0; bits &= bits - 1) {
+        chunk.add(word + __builtin_ctz(bits), u, x, dense);
+        if (chunk.count == kChunk) chunk.solve(x, dense);
+      }
     }
-    for (int i = 0; count > 0 && i < kChunk; ++i) lanes[count + i] = lanes[count - 1];
-    for (int i = 0; i < count; i += kChunk) solve_dense(u, jumps, lanes + i, x, dense);
+    if (chunk.count > 0) chunk.solve(x, dense);
     finish(order, u, x, dense, z);
   }
+
+  PROXSPARSE_INLINE bool is_candidate(float z1) const { return lam_ * z1 < kLargestU1; }
 
   // As integers, magnitudes order as they do as floats, NaN above all.
   static PROXSPARSE_INLINE std::int32_t to_int(float magnitude) {
@@ -186,103 +197,119 @@ class Prox {
     a = first, b = second;
   }
 
-  // Newton on the third entry t: t - u3 + x1*x2 = 0 with x1 = (u1 - t*u2)/(1 - t^2), x2 alike, from
-  // the right end of the interval on which this is convex; brought over one denominator.
-  static PROXSPARSE_INLINE void solve_three(const Lanes (&u)[4], const Flags& needed, Lanes& t) {
-    alignas(64) Flags active;
-    PROXSPARSE_SIMD
-    for (int i = 0; i < kLanes; ++i) {
-      const float root = std::sqrt((u[0][i] - u[1][i]) * (u[0][i] + u[1][i]));
-      const float ceiling = u[1][i] / (u[0][i] + root);
-      const float most = ceiling < kLargestX3 ? ceiling : kLargestX3;
-      t[i] = needed[i] ? (u[2][i] > most ? most : u[2][i]) : 0.0f;
-      active[i] = needed[i];
-    }
+  // Halley's method on the third entry t: t - u3 + x1*x2 = 0 with x1 = (u1 - t*u2)/(1 - t^2), x2
+  // alike, brought over one denominator. The left side is convex below a ceiling, and from there,
+  // from u3 and from the Newton step at t = 0 the root lies to the left: the start is their least.
+  static PROXSPARSE_INLINE float start_three(float u1, float u2, float u3) {
+    const float sum = u1 + std::sqrt((u1 - u2) * (u1 + u2));
+    const float slope = 1.0f - (u1 * u1 + u2 * u2), value = u3 - u1 * u2;
+    const bool nearer = value * sum < u2 * slope;  // Newton's step than the ceiling, u2 / sum
+    const float above = nearer ? value : u2, below = nearer ? slope : sum;
+    const float start = above / below;
+    const float most = start < kLargestX3 ? start : kLargestX3;
+    return u3 > most ? most : u3;
+  }
+
+  static PROXSPARSE_INLINE void solve_three(const Lanes (&u)[4], Flags& active, Lanes& t) {
     for (int step = 0; step < kThreeSteps; ++step) {
       std::int32_t any = 0;
 #pragma omp simd reduction(| : any)
       for (int i = 0; i < kLanes; ++i) {
-        const float n1 = u[0][i] - t[i] * u[1][i], n2 = u[1][i] - t[i] * u[0][i];
-        const float det = 1.0f - t[i] * t[i], det2 = det * det;
-        const float slope = det * det2 - (n1 * n1 + n2 * n2 - 2.0f * t[i] * n1 * n2);
-        const float value = det * ((t[i] - u[2][i]) * det2 + n1 * n2);
-        const float next = slope > 0.0f ? positive(t[i] - value / slope) : 0.0f;
-        const float change = std::fabs(next - t[i]);
-        t[i] = active[i] ? next : t[i];
-        active[i] = change > kConverged * next ? active[i] : 0;
+        const float now = t[i];
+        const float n1 = u[0][i] - now * u[1][i], n2 = u[1][i] - now * u[0][i];
+        const float det = 1.0f - now * now, det2 = det * det;
+        const float product = n1 * n2, squares = n1 * n1 + n2 * n2;
+        const float value = (now - u[2][i]) * det2 + product;
+        const float slope = det * det2 - (squares - 2.0f * now * product);
+        const float bend = (2.0f - det) * product - now * squares;
+        const float over = slope * slope - 3.0f * value * bend;
+        const float found = positive(now - det * value * slope / over);
+        const float next = (slope < over ? slope : over) > 0.0f ? found : 0.0f;
+        t[i] = active[i] ? next : now;
+        // By Newton's step: Halley's is small near a minimum that is no root, too.
+        const float newton = std::fabs(det * value);  // times the slope
+        const std::int32_t moves = newton > kConverged * next * slope ? active[i] : 0;
+        active[i] = next > 0.0f ? moves : 0;
         any |= active[i];
       }
-      if (!any) break;
+      if (!any) return;
     }
+    for (int i = 0; i < kLanes; ++i) t[i] = active[i] ? 0.0f : t[i];
   }
 
-  // The dense candidate of the kChunk listed lanes: where it wins, it replaces x, and elsewhere the
+  // The dense candidate of up to kChunk lanes: where it wins, it replaces x, and elsewhere the
   // `dense` flag is taken back. Newton on the pair sums s = x1 + x2 and q = x3 + x4. The start
   // keeps s <= 1 - 0.18*(u3 + u4); from there every winner is reached in kDenseSteps without
   // leaving the set where the Hessian is positive (tested). Lanes that leave it, or whose last step
   // is not small, do not win; lanes that can only win by a jump do where their objective is lower.
-  static PROXSPARSE_INLINE void solve_dense(const Lanes (&u)[4], const Flags& jumps,
-                                            const std::int32_t* lanes, Lanes (&x)[3],
-                                            Flags& dense) {
-    alignas(64) float v[4][kChunk], sparser[3][kChunk], jump[kChunk], wins[kChunk];
-    for (int i = 0; i < kChunk; ++i) {
-      const std::int32_t lane = lanes[i];
-      v[0][i] = u[0][lane], v[1][i] = u[1][lane], v[2][i] = u[2][lane], v[3][i] = u[3][lane];
-      sparser[0][i] = x[0][lane], sparser[1][i] = x[1][lane], sparser[2][i] = x[2][lane];
-      jump[i] = static_cast<float>(jumps[lane]);
+  struct Chunk {
+    int count = 0;
+    int lanes[kChunk];
+    alignas(64) float v[4][kChunk] = {}, sparser[3][kChunk] = {}, jump[kChunk] = {}, wins[kChunk];
+
+    PROXSPARSE_INLINE void add(int lane, const Lanes (&u)[4], const Lanes (&x)[3],
+                               const Flags& dense) {
+      for (int entry = 0; entry < 4; ++entry) v[entry][count] = u[entry][lane];
+      for (int entry = 0; entry < 3; ++entry) sparser[entry][count] = x[entry][lane];
+      jump[count] = dense[lane] == kJumps ? 1.0f : 0.0f;
+      lanes[count++] = lane;
     }
-    PROXSPARSE_SIMD
-    for (int i = 0; i < kChunk; ++i) {
-      const float u1 = v[0][i], u2 = v[1][i], u3 = v[2][i], u4 = v[3][i];
-      const float a = u1 + u2, b = u1 - u2, c = u3 + u4, e = u3 - u4;
-      const float bound = 1.0f - 0.18f * c;
-      const float first = a < bound ? a : bound;
-      float q = positive((c - 0.5f * (first * first - b * b)) / (1.0f + first));
-      const float second = (a - 0.5f * q * q) / (1.0f + q);
-      float s = second < bound ? second : bound;
-      float margin = 1.0f, change = 0.0f;
+
+    PROXSPARSE_INLINE void solve(Lanes (&x)[3], Flags& dense) {
+      PROXSPARSE_SIMD
+      for (int i = 0; i < kChunk; ++i) {
+        const float u1 = v[0][i], u2 = v[1][i], u3 = v[2][i], u4 = v[3][i];
+        const float a = u1 + u2, b = u1 - u2, c = u3 + u4, e = u3 - u4;
+        const float bound = 1.0f - 0.18f * c;
+        const float first = a < bound ? a : bound;
+        float q = positive((c - 0.5f * (first * first - b * b)) / (1.0f + first));
+        const float second = (a - 0.5f * q * q) / (1.0f + q);
+        float s = second < bound ? second : bound;
+        float margin = 1.0f, change = 0.0f;
 #pragma GCC unroll 3
-      for (int step = 0; step < kDenseSteps; ++step) {
-        const float one_s = 1.0f - s, one_q = 1.0f - q;
-        const float inverse = 1.0f / (one_s * one_q);
-        const float over_s = inverse * one_q, over_q = inverse * one_s;
-        const float gap12 = b * over_q, gap34 = e * over_s;
-        const float f_s = s - a + q * s + 0.5f * (q * q - gap34 * gap34);
-        const float f_q = q - c + q * s + 0.5f * (s * s - gap12 * gap12);
-        const float h_s = 1.0f + q - gap34 * gap34 * over_s;
-        const float h_q = 1.0f + s - gap12 * gap12 * over_q;
-        const float cross = s + q;
-        const float det = h_s * h_q - cross * cross;
-        const float over_det = 1.0f / det;
-        const float step_s = (h_q * f_s - cross * f_q) * over_det;
-        const float step_q = (h_s * f_q - cross * f_s) * over_det;
-        s -= step_s, q -= step_q;
-        const float least = one_s < h_s ? one_s : h_s;
-        margin = least < det ? least : det;
-        change = std::fabs(step_s) + std::fabs(step_q);
+        for (int step = 0; step < kDenseSteps; ++step) {
+          const float one_s = 1.0f - s, one_q = 1.0f - q;
+          const float inverse = 1.0f / (one_s * one_q);
+          const float over_s = inverse * one_q, over_q = inverse * one_s;
+          const float gap12 = b * over_q, gap34 = e * over_s;
+          const float f_s = s - a + q * s + 0.5f * (q * q - gap34 * gap34);
+          const float f_q = q - c + q * s + 0.5f * (s * s - gap12 * gap12);
+          const float h_s = 1.0f + q - gap34 * gap34 * over_s;
+          const float h_q = 1.0f + s - gap12 * gap12 * over_q;
+          const float cross = s + q;
+          const float det = h_s * h_q - cross * cross;
+          const float over_det = 1.0f / det;
+          const float step_s = (h_q * f_s - cross * f_q) * over_det;
+          const float step_q = (h_s * f_q - cross * f_s) * over_det;
+          s -= step_s, q -= step_q;
+          const float least = one_s < h_s ? one_s : h_s;
+          margin = least < det ? least : det;
+          change = std::fabs(step_s) + std::fabs(step_q);
+        }
+        const float inverse = 1.0f / ((1.0f - s) * (1.0f - q));
+        const float gap12 = b * inverse * (1.0f - s), gap34 = e * inverse * (1.0f - q);
+        // Rounding must not leave a negative entry: its product would be added to the others.
+        const float x1 = positive(0.5f * (s + gap12)), x2 = positive(0.5f * (s - gap12));
+        const float x3 = positive(0.5f * (q + gap34)), x4 = positive(0.5f * (q - gap34));
+        const float rival1 = sparser[0][i], rival2 = sparser[1][i], rival3 = sparser[2][i];
+        const float difference = gain(x1, x2, x3, x4, u1, u2, u3, u4) -
+                                 gain(rival1, rival2, rival3, 0.0f, u1, u2, u3, u4);
+        const float better = jump[i] > 0.0f ? (x4 > 0.0f ? -difference : 0.0f) : 1.0f;
+        const float arrived = change <= kArrived * s ? better : 0.0f;
+        const float win = margin > 0.0f ? arrived : 0.0f;
+        wins[i] = win;
+        v[0][i] = win > 0.0f ? x1 : rival1;
+        v[1][i] = win > 0.0f ? x2 : rival2;
+        v[2][i] = win > 0.0f ? x3 : rival3;
       }
-      const float inverse = 1.0f / ((1.0f - s) * (1.0f - q));
-      const float gap12 = b * inverse * (1.0f - s), gap34 = e * inverse * (1.0f - q);
-      // Rounding must not leave a negative entry: its product would be added to the others.
-      const float x1 = positive(0.5f * (s + gap12)), x2 = positive(0.5f * (s - gap12));
-      const float x3 = positive(0.5f * (q + gap34)), x4 = positive(0.5f * (q - gap34));
-      const float rival1 = sparser[0][i], rival2 = sparser[1][i], rival3 = sparser[2][i];
-      const float difference =
-          gain(x1, x2, x3, x4, u1, u2, u3, u4) - gain(rival1, rival2, rival3, 0.0f, u1, u2, u3, u4);
-      const float better = jump[i] > 0.0f ? (x4 > 0.0f ? -difference : 0.0f) : 1.0f;
-      const float arrived = change <= kArrived * s ? better : 0.0f;
-      const float win = margin > 0.0f ? arrived : 0.0f;
-      wins[i] = win;
-      v[0][i] = win > 0.0f ? x1 : rival1;
-      v[1][i] = win > 0.0f ? x2 : rival2;
-      v[2][i] = win > 0.0f ? x3 : rival3;
+      for (int i = 0; i < count; ++i) {
+        const int lane = lanes[i];
+        x[0][lane] = v[0][i], x[1][lane] = v[1][i], x[2][lane] = v[2][i];
+        dense[lane] = wins[i] > 0.0f ? dense[lane] : 0;
+      }
+      count = 0;
     }
-    for (int i = 0; i < kChunk; ++i) {
-      const std::int32_t lane = lanes[i];
-      x[0][lane] = v[0][i], x[1][lane] = v[1][i], x[2][lane] = v[2][i];
-      dense[lane] = wins[i] > 0.0f ? 1 : 0;
-    }
-  }
+  };
 
   // Objective of x less that of (u1, u2, 0, 0).
   static PROXSPARSE_INLINE float gain(float x1, float x2, float x3, float x4, float u1, float u2,
