@@ -4,8 +4,8 @@
 // in units where lam = 1: with u = lam*z it is 1/2 ||x - u||^2 + R(x), and w = x/lam. What makes it
 // fast is that only winners are looked for:
 //
-// * On the box 0 <= x <= u the row sums of R's Hessian are at most twice the sum of u. Where that is
-//   below 1 the problem is convex and coordinate steps find its minimum, in any order of entries.
+// * On the box 0 <= x <= u the row sums of R's Hessian are at most twice the sum of u. Where this
+//   is below 1 the problem is convex and coordinate steps find its minimum, in whatever order.
 // * A stationary 3-sparse x beats the 2-sparse (u1, u2, 0, 0) exactly when x1^2 + x2^2 < 1, hence
 //   x3 < 0.71; a dense minimum needs x1 + x2 < 1. Either way u1 < 1.25.
 // * Where u1^2 + u2^2 < 1, the 3-sparse candidate wins over the 2-sparse exactly when u3 > u1*u2;
