@@ -152,6 +152,18 @@ def test_copies_and_threads_in_any_order(
     assert torch.equal(y, exact(x, w))
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("m", [8, 40, 100])
+def test_warpgroups_that_overtake_each_other(
+    emulate: Callable[..., Tensor], m: int, descending: bool, early: bool
+) -> None:
+    # With 64 rows they take turns at chunks, so that one may be several ahead.
+    x, w, values, codes = make(m, 64, 128 * 40, torch.bfloat16)
+    y = emulate(x, values, codes, None, (64, 2, 1), early=early, descending=descending)
+    assert torch.equal(y, exact(x, w))
+
+
 @pytest.mark.parametrize("descending", [False, True])
 @BOTH_KERNELS
 def test_sums_wait_for_the_products_of_all(

@@ -218,6 +218,9 @@ const char* launch(const DecodeCall& call, int index, const Device& device,
   const auto stages_in = [&](int bytes) { return (bytes - 1024 - kStagesAt) / S::kStageBytes; };
   int stages = std::min(stages_in(layout.depth == 2 ? most : most / 2), kMaxStages);
   if (stages < 2) stages = stages_in(most);
+  // A stage is always the same warpgroup's: a phase shows by its parity alone, and one that is
+  // ahead of the other would take the other's chunk for its next.
+  stages -= stages % S::kColumnGroups;
   TileMap x, values;
   const char* error = describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride,
                                      S::kTokens, call.is_bfloat16);

@@ -68,7 +68,9 @@ inline void arrive(Barrier* barrier) {
 
 inline void wait_for_phase(Barrier* barrier, unsigned parity) {
   while (true) {
+    // A phase shows by its parity alone: whoever waits for the next but one may go on too early.
     BarrierState& state = barriers.at(barrier);
+    if (state.phase % 2 != parity) return;
     look_at(state);
     if (state.phase % 2 != parity) return;
     emulator::yield();
