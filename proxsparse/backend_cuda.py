@@ -35,7 +35,7 @@ _log = logging.getLogger("proxsparse")
 CODES = {torch.bfloat16: 0, torch.float16: 1}
 _MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structured weight
 _TOKENS_MULTIPLE = 8  # and of the token count of 16-bit activations
-MAX_DECODE_TOKENS, MAX_HOPPER_TOKENS = 64, 1024  # of the kernels for few tokens
+MAX_DECODE_TOKENS, MAX_HOPPER_TOKENS = 64, 256  # of the kernels for few tokens
 _BUCKETS = frozenset(tuning.BUCKETS)
 _DECODE_MULTIPLE = 64  # that the kernel for few tokens needs of in_features
 # Rows a block, chunks under way (1 few, 2 many), blocks that share the columns; see

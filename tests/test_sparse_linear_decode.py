@@ -226,9 +226,9 @@ def test_refuses_what_it_cannot(
         emulate(x, values, codes, device=BLACKWELL)
 
 
-def test_hopper_refuses_more_than_a_thousand_tokens(emulate: Callable[..., Tensor]) -> None:
-    x, _, values, codes = make(1025, 16, 64, torch.bfloat16)
-    with pytest.raises(AssertionError, match="1 to 1024 tokens"):
+def test_hopper_refuses_more_than_it_was_made_for(emulate: Callable[..., Tensor]) -> None:
+    x, _, values, codes = make(257, 16, 64, torch.bfloat16)
+    with pytest.raises(AssertionError, match="1 to 256 tokens"):
         emulate(x, values, codes)
 
 
@@ -240,7 +240,7 @@ def test_every_layout_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
     if not backend._cuda.has_decode:
         pytest.fail("the extension was built without its CUDA kernels")
     hopper = torch.cuda.get_device_capability()[0] == 9
-    for m in (1, 7, 16, 17, 33, 64, *((65, 128, 1000) if hopper else ())):
+    for m in (1, 7, 16, 17, 33, 64, *((65, 128, 250) if hopper else ())):
         x, w, values, codes = (t.cuda() for t in make(m, n, k, dtype))
         bias = torch.randint(-9, 10, (n,), device="cuda").to(dtype)
         expected = exact(x, w, bias)

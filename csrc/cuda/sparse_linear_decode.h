@@ -5,7 +5,7 @@
 
 namespace proxsparse {
 
-constexpr int kMaxDecodeTokens = 64, kMaxHopperTokens = 1024;
+constexpr int kMaxDecodeTokens = 64, kMaxHopperTokens = 256;
 
 // How a call is laid out on the GPU; zeros let the library choose. Where a block has too little
 // shared memory for rows and depth, they give way to the next smaller ones; splits stay.

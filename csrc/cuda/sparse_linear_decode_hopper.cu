@@ -285,7 +285,7 @@ DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
 }  // namespace
 
 const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device) {
-  if (call.tokens > kMaxHopperTokens) return "1 to 1024 tokens are supported";
+  if (call.tokens > kMaxHopperTokens) return "1 to 256 tokens are supported";
   const DecodeLayout layout = choose_layout(call, device);
   return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, device, layout)
                           : launch_for_type<__half>(call, index, device, layout);
