@@ -5,6 +5,9 @@ which does less: it has no prox. Its moments have the dtype of the weight, so ro
 compare what is not alike, and the summary leaves them out. The eager reference is timed once per
 case, since it is slow, on at most 2^24 parameters, since it takes many times their memory; its time
 is scaled to the full size.
+
+On a CPU set OMP_WAIT_POLICY=passive. torch and our extension each bring an OpenMP runtime, whose
+idle threads otherwise spin on the cores that the other one's need, and now and then a row doubles.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ def describe_run() -> dict[str, Any]:
         "device": device_name(),
         "driver": driver.partition("\n")[0] or "none",
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "versions": versions,
         "commit": commit or "unknown",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,15 @@ import torch
 
 # On tensors this small a second thread only waits, for a second a call when cores are shared.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests tune stays out of the user's table."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROXSPARSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 _BASE: dict[str, Any] = {
     "vocab_size": 96,

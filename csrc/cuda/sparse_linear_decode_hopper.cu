@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int part = blockIdx.x % splits, tile = blockIdx.x / splits;
-  const int first_row = tile / token_tiles * S::kRows;
-  const int first_token = tile % token_tiles * S::kTokens;
+  const int part = blockIdx.x % splits, block = blockIdx.x / splits;
+  const int first_row = block / token_tiles * S::kRows;
+  const int first_token = block % token_tiles * S::kTokens;
   const int num_chunks = (K + kColumns - 1) / kColumns;
   const int begin = num_chunks * part / splits, count = num_chunks * (part + 1) / splits - begin;
   Barrier* landed = reinterpret_cast<Barrier*>(shared);
