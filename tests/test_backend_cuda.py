@@ -25,6 +25,18 @@ ROOT = Path(__file__).parents[1]
 HEADER = (ROOT / "csrc/cuda/cusparselt.h").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("has_decode", "capability", "expected"),
+    [(True, (9, 0), 64), (True, (8, 0), 16), (True, (10, 0), 16), (False, (9, 0), 0)],
+)
+def test_few_tokens_are_preferred_unseen_where_they_were_seen_to_win(
+    has_decode: bool, capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_cuda._cuda, "has_decode", has_decode)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert backend_cuda._decode_beats_dense_up_to.__wrapped__(0) == expected
+
+
 # -- finding the library
 
 

@@ -119,7 +119,8 @@ def test_rows_that_pair_up_with_nothing(emulate: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
-@pytest.mark.parametrize(("depth", "m"), [(1, 3), (2, 40)])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("m", [3, 40])
 @pytest.mark.parametrize("rows", [64, 128, 256])
 @BOTH_KERNELS
 def test_every_layout(

@@ -112,6 +112,7 @@ def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None
         (1024, ("dense", "unpack"), "dense"),
         (16384, ("unpack",), "unpack"),
         (16, (*ALL, "decode"), "decode"),
+        (17, (*ALL, "decode"), "decode"),
         (17, ("cusparselt", "decode", "unpack"), "decode"),
         (64, ("cusparselt", "unpack"), "unpack"),
         (65, ("cusparselt", "unpack"), "cusparselt"),

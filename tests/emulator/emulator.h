@@ -40,9 +40,27 @@ struct Copy {
   void* to;
   const void* from;
   int bytes, zeros;
-  void run() const {
+  void operator()() const {
     if (bytes) std::memcpy(to, from, bytes);
     std::memset(static_cast<char*>(to) + bytes, 0, zeros);
+  }
+};
+
+// What a thread has asked for and nobody has done yet, in groups that it waits for.
+template <class Operation>
+struct Groups {
+  std::vector<Operation> open;
+  std::vector<std::vector<Operation>> committed;
+
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+  void wait(std::size_t pending) {
+    while (committed.size() > pending) {
+      for (const Operation& operation : committed.front()) operation();
+      committed.erase(committed.begin());
+    }
   }
 };
 
@@ -65,10 +83,8 @@ struct Fiber {
   Warp* warp = nullptr;
   unsigned thread = 0;
   bool done = false;
-  std::vector<std::vector<Copy>> groups;  // committed copies that have not landed
-  std::vector<Copy> open;
-  std::vector<std::function<void()>> products;  // of a warpgroup, asked for but not done
-  std::vector<std::vector<std::function<void()>>> product_groups;
+  Groups<Copy> copies;
+  Groups<std::function<void()>> products;  // of a warpgroup
 };
 
 struct Cluster {
@@ -171,9 +187,9 @@ inline bool run_grid(unsigned num_blocks, unsigned num_threads, unsigned cluster
 inline void copy_later(void* to, const void* from, int bytes, int size) {
   const Copy copy{to, from, bytes, size - bytes};
   if (settings.copies_land_early) {
-    copy.run();
+    copy();
   } else {
-    current->open.push_back(copy);
+    current->copies.open.push_back(copy);
   }
 }
 

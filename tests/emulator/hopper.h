@@ -47,7 +47,7 @@ inline void show_barriers() {}
 // Ends the phase if everything that was announced has come.
 inline void look_at(BarrierState& state) {
   if (state.missing != 0 || state.copied_bytes != state.missing_bytes) return;
-  for (const emulator::Copy& copy : state.copies) copy.run();
+  for (const emulator::Copy& copy : state.copies) copy();
   state.copies.clear();
   state.copied_bytes = state.missing_bytes = 0;
   state.missing = state.size;
@@ -81,7 +81,7 @@ inline void copy_for(BarrierState& state, void* to, const void* from, int bytes,
   const emulator::Copy copy{to, from, bytes, size - bytes};
   state.copied_bytes += size;
   if (emulator::settings.copies_land_early) {
-    copy.run();
+    copy();
   } else {
     state.copies.push_back(copy);
   }
@@ -116,17 +116,10 @@ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) 
 }
 
 inline void begin_products() {}
-inline void commit_products() {
-  emulator::current->product_groups.push_back(std::move(emulator::current->products));
-  emulator::current->products.clear();
-}
+inline void commit_products() { emulator::current->products.commit(); }
 template <int kPending>
 void wait_for_products() {
-  auto& groups = emulator::current->product_groups;
-  while (groups.size() > kPending) {
-    for (const auto& product : groups.front()) product();
-    groups.erase(groups.begin());
-  }
+  emulator::current->products.wait(kPending);
   emulator::wait_at(emulator::current->warp->barrier);  // a warp's threads are waited for together
 }
 
@@ -176,7 +169,7 @@ void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w, const void* x,
   if (!emulator::settings.copies_land_early && !emulator::settings.descending) {
     multiply();
   } else {
-    emulator::current->products.push_back(multiply);
+    emulator::current->products.open.push_back(multiply);
   }
 }
 

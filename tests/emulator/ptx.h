@@ -19,18 +19,11 @@ inline void copy_tokens(void* to, const void* from, bool exists) {
   emulator::copy_later(to, from, exists ? 16 : 0, 16);
 }
 
-inline void commit_copies() {
-  emulator::current->groups.push_back(std::move(emulator::current->open));
-  emulator::current->open.clear();
-}
+inline void commit_copies() { emulator::current->copies.commit(); }
 
 template <int kPending>
 void wait_for_copies() {
-  auto& groups = emulator::current->groups;
-  while (groups.size() > kPending) {
-    for (const emulator::Copy& copy : groups.front()) copy.run();
-    groups.erase(groups.begin());
-  }
+  emulator::current->copies.wait(kPending);
 }
 
 // Gives this thread's words to its warp and returns what all 32 gave.
