@@ -19,7 +19,7 @@ import contextvars
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -177,6 +177,59 @@ def sparse_linear_cuda(
         return run(x, values, codes, bias, compressed, dense)
     with torch.cuda.device(device):
         return run(x, values, codes, bias, compressed, dense)
+
+
+def sparse_linear_group_cuda(
+    x: Tensor,
+    values: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    compressed: Sequence[Tensor | None],
+    dense: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """See `reference.sparse_linear_group`; what is left to the kernel for few tokens is one launch.
+
+    Raises:
+        ProxsparseError: dtypes or devices do not agree.
+        RuntimeError: a launch failed; its text and the shapes are named.
+    """
+    weights = list(zip(values, codes, bias, compressed, dense, strict=True))
+    most = _cuda.MAX_DECODE_WEIGHTS if _cuda.has_decode else 1
+    results: list[Tensor] = []
+    with torch.cuda.device(x.device):
+        for first in range(0, len(weights), most):
+            together = weights[first : first + most]
+            if _share_a_launch(x, together):
+                results += _decode_together(x, [forms[:3] for forms in together])
+            else:
+                results += [sparse_linear_cuda(x, *forms) for forms in together]
+    return results
+
+
+def _share_a_launch(x: Tensor, weights: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether each of these products would run on our kernel for few tokens, from tiles."""
+    is_plain = x.numel() > 0 and all(
+        values.numel() and codes.dim() == 3 for values, codes, *_ in weights
+    )
+    return is_plain and all(isinstance(find_run(x, *forms), Decode) for forms in weights)
+
+
+def _decode_together(
+    x: Tensor, weights: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+) -> list[Tensor]:
+    """The products with values, codes and bias of each weight, in the layout the kernel chooses."""
+    x, k = _aligned(x), x.shape[-1]
+    results, operands = [], []
+    for values, codes, bias in weights:
+        n = values.shape[0]
+        results.append(x.new_empty(*x.shape[:-1], n))
+        tensors = _aligned(values), _aligned(codes), bias, results[-1]
+        operands.append((n, *(0 if t is None else t.data_ptr() for t in tensors)))
+    _cuda.sparse_linear_group(
+        *(CODES[x.dtype], x.numel() // k, k, x.data_ptr(), k, operands),
+        *(0, 0, 0, True, _stream(x.get_device())),
+    )
+    return results
 
 
 def find_run(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
+from proxsparse.compiler import compile_grouped
 from proxsparse.errors import ProxsparseError
 from proxsparse.loading import LoadedModel, load_model, resolve_device
 from proxsparse.patch import densify_, sparsify_, state_bytes
@@ -57,8 +58,8 @@ class Decoder:
         model: a Hugging Face causal LM on one device, in eval mode.
         batch_size: sequences, B.
         max_tokens: of a sequence, prompt and new ones, at least 2.
-        compile: whether `torch.compile` fuses the small kernels of a step first; the prompt is
-            read without.
+        compile: whether `torch.compile` fuses the small kernels of a step first, and sparse
+            products of one input, see `compiler`; the prompt is read without.
 
     Attributes:
         tokens: int64 [B, max_tokens] on the device; the first `length` columns are filled.
@@ -77,7 +78,9 @@ class Decoder:
     ) -> None:
         self._model, self._cache = model, _make_cache(model, max_tokens)
         # A function, not a method, which would keep this object and its cache alive in a cycle.
-        self._advance_by_one = torch.compile(_advance) if compile else _advance
+        self._advance_by_one = (
+            torch.compile(_advance, backend=compile_grouped) if compile else _advance
+        )
         self._configs = _configs_to_regroup(model)
         device = model.device
         self.tokens = torch.zeros(batch_size, max_tokens, dtype=torch.long, device=device)

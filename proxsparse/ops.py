@@ -18,7 +18,7 @@ import contextvars
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ OPS = (
     "gate_project_",
     "sparse_linear",
     "sparse_linear_decode",
+    "sparse_linear_group",
     "compress_2to4",
 )
 _FAST = {
@@ -157,6 +158,8 @@ for _schema in (
     "sparse_linear(Tensor x, Tensor values, Tensor codes, Tensor? bias, Tensor? compressed, "
     "Tensor? dense) -> Tensor",
     "sparse_linear_decode(Tensor x, Tensor values, Tensor codes, Tensor? bias) -> Tensor",
+    "sparse_linear_group(Tensor x, Tensor[] values, Tensor[] codes, Tensor?[] bias, "
+    "Tensor?[] compressed, Tensor?[] dense) -> Tensor[]",
     "compress_2to4(Tensor w) -> Tensor",
 ):
     _library.define(_schema)  # type: ignore[no-untyped-call]
@@ -189,6 +192,10 @@ _register("gate_update_", lambda *_: None)
 _register("gate_project_", lambda *_: None)
 for _name in ("sparse_linear", "sparse_linear_decode"):
     _register(_name, lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]))
+_register(
+    "sparse_linear_group",
+    lambda x, values, *_: [x.new_empty(*x.shape[:-1], w.shape[0]) for w in values],
+)
 _register(  # only the library knows the size
     "compress_2to4",
     lambda w: w.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
@@ -531,6 +538,25 @@ def sparse_linear_decode(
             "sparse_linear takes any number"
         )
     return _op.sparse_linear_decode(x, values, codes, bias)  # type: ignore[no-any-return]
+
+
+def sparse_linear_group(
+    x: Tensor,
+    values: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    compressed: Sequence[Tensor | None],
+    dense: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """`sparse_linear` of one x and several weights; see `reference.sparse_linear_group`.
+
+    For inference: no gradient is defined. `compiler` makes these calls out of single ones.
+    """
+    for operands in zip(values, codes, bias, strict=True):
+        _check_packed_product(x, *operands)
+    return _op.sparse_linear_group(  # type: ignore[no-any-return]
+        x, list(values), list(codes), list(bias), list(compressed), list(dense)
+    )
 
 
 def _check_packed_product(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:

@@ -13,6 +13,8 @@ the gates); AdamW, Loshchilov and Hutter, ICLR 2019.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -325,6 +327,33 @@ def sparse_linear_decode(
     Cost: memory-bound; a fused kernel reads 9/16 of the dense weight's bytes.
     """
     return sparse_linear(x, values, codes, bias)
+
+
+def sparse_linear_group(
+    x: Tensor,
+    values: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    compressed: Sequence[Tensor | None],
+    dense: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """`sparse_linear` of one x and several weights, such as those of queries, keys and values.
+
+    Args:
+        x: [..., K] input of the values' dtype.
+        values: of each weight [N_i, K/2], as of all below.
+        codes: uint8 [N_i, ceil(K/8)], or in tiles.
+        bias: [N_i], or None.
+        compressed: the same weight as a library compresses it, or None; not read here.
+        dense: the same weight [N_i, K] unpacked, or None.
+
+    Returns:
+        For each weight [..., N_i] of x's dtype.
+
+    Cost: that of the products, of which those for few tokens can share a launch.
+    """
+    forms = zip(values, codes, bias, compressed, dense, strict=True)
+    return [sparse_linear(x, *weight) for weight in forms]
 
 
 def frozen_regularizer_grad(p: Tensor, w0: Tensor, reg_eps: float) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
 from proxsparse import ProxsparseError, ops, sparsify_
 from proxsparse.generation import (
@@ -367,8 +367,10 @@ def test_a_step_is_traced_once_and_whole(
         return graph
 
     # What a backend makes of the graph is not the question here, and takes its time.
-    traced = functools.partial(torch.compile, backend=backend, fullgraph=True)
-    monkeypatch.setattr(torch, "compile", traced)
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda step, **_: compile(step, backend=backend, fullgraph=True)
+    )
     torch._dynamo.reset()
     counters.clear()
     decoder = Decoder(model, 3, 32, compile=True)
@@ -436,3 +438,22 @@ def test_a_compiled_step_gives_what_the_step_gives(lively: TinyModel) -> None:
     plain, compiled = (decode_greedily(model, x, 12, compile=flag) for flag in (False, True))
     assert compiled.decoding == plain.decoding == "cuda graph"
     assert compiled.tokens == plain.tokens
+
+
+@pytest.mark.sparse_tc
+def test_a_compiled_step_in_16_bits_shares_launches(lively: TinyModel, monkeypatch: Any) -> None:
+    backend = pytest.importorskip("proxsparse.backend_cuda")
+    config = lively("llama").config
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
+    model = prune_(LlamaForCausalLM(config).eval()).to("cuda", torch.bfloat16)
+    sparsify_(model)
+    launches = []
+    shared = backend._decode_together
+
+    def record(x: torch.Tensor, weights: Any) -> Any:
+        launches.append(len(weights))
+        return shared(x, weights)
+
+    monkeypatch.setattr(backend, "_decode_together", record)
+    assert decode_greedily(model, prompts(model), 12, compile=True).decoding == "cuda graph"
+    assert sorted(set(launches)) == [2, 3]  # gate and up; queries, keys and values

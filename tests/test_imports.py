@@ -36,7 +36,7 @@ LAYERS = (
     ("tuning",),
     ("backend_cuda",),
     ("tuning_worker",),
-    ("sparse_linear",),
+    ("sparse_linear", "compiler"),
     ("targets", "precision", "corpus"),
     ("distributed",),
     ("checkpoint",),

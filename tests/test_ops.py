@@ -73,9 +73,14 @@ def schema_args(op: str, device: str = "cpu", shape: tuple[int, ...] = (6, 20)) 
         "sparse_linear_decode": (
             *(grad[:, :16], *reference.pack_2to4(sparse[:, :16]), w[:, 0].clone()),
         ),
+        "sparse_linear_group": (
+            *(grad, *([form] * 2 for form in reference.pack_2to4(sparse))),
+            *([w[:, 0].clone(), None], [None] * 2, [None, sparse]),
+        ),
     }[op]
 
 
+PRODUCTS = {"sparse_linear", "sparse_linear_decode", "sparse_linear_group"}
 # compress_2to4 makes a form that only a library defines; tests/test_backend_cuda.py has its tests.
 PORTABLE = tuple(op for op in ops.OPS if op != "compress_2to4")
 
@@ -84,7 +89,7 @@ def outcome(op: str, args: tuple[Any, ...]) -> list[Tensor]:
     """What the op returns and what it leaves in its operands."""
     args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
     result = getattr(torch.ops.proxsparse, op)(*args)
-    returned = result if isinstance(result, tuple) else (result,)
+    returned = result if isinstance(result, (tuple, list)) else (result,)
     return [x for x in (*returned, *args) if isinstance(x, Tensor)]
 
 
@@ -98,8 +103,8 @@ def test_every_backend_has_the_ops_it_should(backend: str) -> None:
     lacking = {op for op in ops.OPS if isinstance(ops.implementation(op, backend), str)}
     expected = {
         "reference": {"compress_2to4"},
-        "cpu": {"compress_2to4", "sparse_linear", "sparse_linear_decode"},
-        "triton": {"compress_2to4", "sparse_linear"},
+        "cpu": {"compress_2to4", *PRODUCTS},
+        "triton": {"compress_2to4", *PRODUCTS - {"sparse_linear_decode"}},
     }
     assert lacking == expected[backend]
 
@@ -173,6 +178,9 @@ COMPILED: dict[str, Callable[[Tensor], Any]] = {
     "sparse_linear_decode": lambda w: ops.sparse_linear_decode(
         2 * w, *ops.pack_2to4(ops.project_2to4(w))
     ),
+    "sparse_linear_group": lambda w: ops.sparse_linear_group(
+        2 * w, *([form] * 2 for form in ops.pack_2to4(ops.project_2to4(w))), *([[None] * 2] * 3)
+    )[1],
 }
 
 

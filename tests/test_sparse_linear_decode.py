@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,16 @@ HOPPER, ADA, BLACKWELL = (0, 227 * 1024, 9), (1, 99 * 1024, 8), (2, 227 * 1024, 
 BOTH_KERNELS = pytest.mark.parametrize("device", [HOPPER, BLACKWELL], ids=["hopper", "blackwell"])
 
 
+class Weight(ctypes.Structure):
+    """`DecodeWeight` of csrc/cuda/sparse_linear_decode.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("values", "codes", "bias", "y")]
+    _fields_ += [("out_features", ctypes.c_int)]
+
+
 @pytest.fixture(scope="module")
-def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
-    """A function that runs the kernel on CPU tensors."""
+def emulate_group(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Tensor]]:
+    """A function that multiplies the same CPU tensor with several weights, in one call."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulator with")
@@ -48,27 +56,48 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
 
     def run(
         x: Tensor,
-        values: Tensor,
-        codes: Tensor,
-        bias: Tensor | None = None,
+        operands: list[tuple[Tensor, Tensor, Tensor | None]],
         layout: tuple[int, int, int] = (0, 0, 0),
         *,
         early: bool = False,
         descending: bool = False,
         device: tuple[int, int, int] = HOPPER,
-    ) -> Tensor:
-        n, k = values.shape[0], 2 * values.shape[1]
-        y = torch.full((x.shape[0], n), torch.nan, dtype=x.dtype)
-        pointers = [t.data_ptr() if t is not None else None for t in (x, values, codes, bias, y)]
+    ) -> list[Tensor]:
+        results = [
+            torch.full((x.shape[0], values.shape[0]), torch.nan, dtype=x.dtype)
+            for values, _, _ in operands
+        ]
+        weights = (Weight * len(operands))()
+        for weight, (values, codes, bias), y in zip(weights, operands, results, strict=True):
+            pointers = [t if t is None else t.data_ptr() for t in (values, codes, bias, y)]
+            weight.values, weight.codes, weight.bias, weight.y = pointers
+            weight.out_features = values.shape[0]
         error = decode(
-            *map(ctypes.c_void_p, pointers),
-            *(x.shape[0], n, k),
+            *(ctypes.c_void_p(x.data_ptr()), weights, len(operands), *x.shape),
             ctypes.c_int64(x.stride(0)),
             x.dtype == torch.bfloat16,
             *layout,
             *(early, descending, *device),
         )
         assert error is None, error.decode()
+        return results
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def emulate(emulate_group: Callable[..., list[Tensor]]) -> Callable[..., Tensor]:
+    """A function that runs the kernel with one weight on CPU tensors."""
+
+    def run(
+        x: Tensor,
+        values: Tensor,
+        codes: Tensor,
+        bias: Tensor | None = None,
+        *layout: tuple[int, int, int],
+        **how: Any,
+    ) -> Tensor:
+        (y,) = emulate_group(x, [(values, codes, bias)], *layout, **how)
         return y
 
     return run
@@ -165,6 +194,30 @@ def test_warpgroups_that_overtake_each_other(
     assert torch.equal(y, exact(x, w))
 
 
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("layout", [(0, 0, 0), (64, 2, 2), (128, 1, 1), (256, 2, 4)])
+@BOTH_KERNELS
+def test_weights_that_share_a_call(
+    emulate_group: Callable[..., list[Tensor]],
+    device: tuple[int, int, int],
+    layout: tuple[int, int, int],
+    m: int,
+) -> None:
+    rows = (144, 65, 16, 300)  # none of them whole tiles
+    x, operands, expected = None, [], []
+    for n in rows:
+        own_x, w, values, codes = make(m, n, 64 * 9, torch.bfloat16)
+        x = own_x if x is None else x
+        bias = torch.randint(-9, 10, (n,)).bfloat16() if n % 2 == 0 else None
+        operands.append((values, codes, bias))
+        expected.append(exact(x, w, bias))
+    results = emulate_group(x, operands, layout, device=device)
+    for y, right in zip(results, expected, strict=True):
+        assert torch.equal(y, right)
+    with pytest.raises(AssertionError, match="1 to 4 weights"):
+        emulate_group(x, operands + operands[:1], layout, device=device)
+
+
 @pytest.mark.parametrize("descending", [False, True])
 @BOTH_KERNELS
 def test_sums_wait_for_the_products_of_all(
@@ -251,6 +304,23 @@ def test_every_layout_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
             run = backend.Decode(layout, 0, dtype, n, k)
             torch.full((m, n), torch.nan, dtype=dtype, device="cuda")  # poisons what run reuses
             assert torch.equal(run(x, values, codes, bias), expected), layout
+
+
+@pytest.mark.sparse_tc
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_a_group_gives_what_its_products_give(m: int) -> None:
+    backend = pytest.importorskip("proxsparse.backend_cuda")
+    x, operands, expected = None, [], []
+    for n in (4096, 1024, 1024, 272, 14336):
+        own_x, w, values, codes = (t.cuda() for t in make(m, n, 4096, torch.bfloat16))
+        x = own_x if x is None else x
+        bias = torch.randint(-9, 10, (n,), device="cuda").bfloat16() if n > 1024 else None
+        operands.append((values, codes, bias, None, None))
+        expected.append(exact(x, w, bias))
+    assert backend._share_a_launch(x, operands)
+    results = ops.sparse_linear_group(x, *zip(*operands, strict=True))
+    for y, right in zip(results, expected, strict=True):
+        assert torch.equal(y, right)
 
 
 @pytest.mark.sparse_tc

@@ -1,10 +1,12 @@
 // Python bindings: tensors arrive as addresses, checked by proxsparse.backend_cuda.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cusparselt.h"
 #include "sparse_linear.h"
@@ -13,6 +15,9 @@
 #endif
 
 namespace py = pybind11;
+#ifdef PROXSPARSE_HAS_DECODE
+using proxsparse::DecodeWeight;
+#endif
 using proxsparse::Problem;
 using proxsparse::ValueType;
 
@@ -21,6 +26,29 @@ namespace {
 using Address = std::uintptr_t;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+#ifdef PROXSPARSE_HAS_DECODE
+DecodeWeight make_weight(int n, Address values, Address codes, Address bias, Address out) {
+  return {pointer(values), pointer(codes), pointer(bias), pointer(out), n};
+}
+
+void decode(int type, int tokens, int k, Address x, std::int64_t x_stride,
+            const DecodeWeight* weights, int num_weights, proxsparse::DecodeLayout layout,
+            bool may_start_early, Address stream) {
+  const bool is_bfloat16 = static_cast<ValueType>(type) == ValueType::kBFloat16;
+  const char* error =
+      proxsparse::sparse_linear_decode({pointer(x), weights, num_weights, tokens, k, x_stride,
+                                        is_bfloat16, layout, may_start_early, pointer(stream)});
+  if (error == nullptr) return;
+  std::string shapes;
+  for (int i = 0; i < num_weights; ++i) {
+    shapes += (i == 0 ? " W [" : ", [") + std::to_string(weights[i].out_features) + ", " +
+              std::to_string(k) + "]";
+  }
+  throw std::runtime_error("sparse_linear_decode failed for" + shapes + " and " +
+                           std::to_string(tokens) + " tokens: " + error);
+}
+#endif
 
 }  // namespace
 
@@ -85,30 +113,26 @@ PYBIND11_MODULE(_cuda, m) {
 
 #ifdef PROXSPARSE_HAS_DECODE
   m.attr("has_decode") = true;
+  m.attr("MAX_DECODE_WEIGHTS") = proxsparse::kMaxDecodeWeights;
   m.def(
       "sparse_linear_decode",
-      [](int type, int tokens, int n, int k, Address x, std::int64_t x_stride, Address values,
+      [](int type, int tokens, int k, Address x, std::int64_t x_stride, int n, Address values,
          Address codes, Address bias, Address out, int rows, int depth, int splits,
          bool may_start_early, Address stream) {
-        const char* error =
-            proxsparse::sparse_linear_decode({pointer(x),
-                                              pointer(values),
-                                              pointer(codes),
-                                              pointer(bias),
-                                              pointer(out),
-                                              tokens,
-                                              n,
-                                              k,
-                                              x_stride,
-                                              static_cast<ValueType>(type) == ValueType::kBFloat16,
-                                              {rows, depth, splits},
-                                              may_start_early,
-                                              pointer(stream)});
-        if (error != nullptr) {
-          throw std::runtime_error("sparse_linear_decode failed for W [" + std::to_string(n) +
-                                   ", " + std::to_string(k) + "] and " + std::to_string(tokens) +
-                                   " tokens: " + error);
-        }
+        const DecodeWeight weight = make_weight(n, values, codes, bias, out);
+        decode(type, tokens, k, x, x_stride, &weight, 1, {rows, depth, splits}, may_start_early,
+               stream);
+      },
+      unlocked());
+  m.def(
+      "sparse_linear_group",
+      [](int type, int tokens, int k, Address x, std::int64_t x_stride,
+         const std::vector<std::tuple<int, Address, Address, Address, Address>>& operands, int rows,
+         int depth, int splits, bool may_start_early, Address stream) {
+        std::vector<DecodeWeight> weights;
+        for (const auto& of_one : operands) weights.push_back(std::apply(make_weight, of_one));
+        decode(type, tokens, k, x, x_stride, weights.data(), static_cast<int>(weights.size()),
+               {rows, depth, splits}, may_start_early, stream);
       },
       unlocked());
 #else

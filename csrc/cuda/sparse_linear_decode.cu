@@ -232,15 +232,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 }
 
 template <typename S>
-const char* launch(const DecodeCall& call, int index, const Device& device, int splits) {
+const char* launch(const DecodeCall& call, const DecodeWeight& weight, int index,
+                   const Device& device, int splits) {
   using T = typename S::T;
-  const int blocks = (call.out_features + S::kRows - 1) / S::kRows * splits;
-  return launch_decode<S>(sparse_linear_decode_kernel<S>, call, device, index, blocks, splits,
-                          S::kThreads, S::kSharedBytes, static_cast<const T*>(call.x),
-                          static_cast<const T*>(call.values),
-                          static_cast<const std::uint8_t*>(call.codes),
-                          static_cast<const T*>(call.bias), static_cast<T*>(call.y), call.tokens,
-                          call.out_features, call.in_features, call.x_stride, splits);
+  const int blocks = (weight.out_features + S::kRows - 1) / S::kRows * splits;
+  return launch_decode<S>(
+      sparse_linear_decode_kernel<S>, call, device, index, blocks, splits, S::kThreads,
+      S::kSharedBytes, static_cast<const T*>(call.x), static_cast<const T*>(weight.values),
+      static_cast<const std::uint8_t*>(weight.codes), static_cast<const T*>(weight.bias),
+      static_cast<T*>(weight.y), call.tokens, weight.out_features, call.in_features, call.x_stride,
+      splits);
 }
 
 // Stages that fill most of the 227 KB of a Hopper multiprocessor, or half of it.
@@ -252,8 +253,8 @@ constexpr int stages(bool deep) {
 }
 
 template <typename T, int token_tiles>
-const char* launch_for_tokens(const DecodeCall& call, int index, const Device& device,
-                              DecodeLayout layout) {
+const char* launch_for_tokens(const DecodeCall& call, const DecodeWeight& weight, int index,
+                              const Device& device, const DecodeLayout& layout) {
   // Two row tiles a warp read the tokens from shared memory half as often, four a quarter as often.
   constexpr int kRowTiles = token_tiles > 2 ? 2 : 1;
   constexpr int kManyTiles = token_tiles > 4 ? 4 : kRowTiles;
@@ -266,29 +267,31 @@ const char* launch_for_tokens(const DecodeCall& call, int index, const Device& d
   using Deep256 = Shape<T, 256, kTiles256, token_tiles, 128, stages<256, token_tiles, 128>(true)>;
   using Small = Shape<T, 64, kRowTiles, token_tiles, 128, 3>;  // for GPUs with less memory
   if (layout.rows == 256 && fits(Deep256::kSharedBytes)) {
-    return launch<Deep256>(call, index, device, layout.splits);
+    return launch<Deep256>(call, weight, index, device, layout.splits);
   }
   if (layout.rows >= 128) {
     if (layout.depth == 2 && fits(Deep128::kSharedBytes)) {
-      return launch<Deep128>(call, index, device, layout.splits);
+      return launch<Deep128>(call, weight, index, device, layout.splits);
     }
-    if (fits(Half128::kSharedBytes)) return launch<Half128>(call, index, device, layout.splits);
+    if (fits(Half128::kSharedBytes))
+      return launch<Half128>(call, weight, index, device, layout.splits);
   }
   if (layout.depth == 2 && fits(Deep64::kSharedBytes)) {
-    return launch<Deep64>(call, index, device, layout.splits);
+    return launch<Deep64>(call, weight, index, device, layout.splits);
   }
-  if (fits(Half64::kSharedBytes)) return launch<Half64>(call, index, device, layout.splits);
-  if (fits(Small::kSharedBytes)) return launch<Small>(call, index, device, layout.splits);
+  if (fits(Half64::kSharedBytes)) return launch<Half64>(call, weight, index, device, layout.splits);
+  if (fits(Small::kSharedBytes)) return launch<Small>(call, weight, index, device, layout.splits);
   return "this GPU has too little shared memory per block";
 }
 
 // What was fastest on an H100 before it had a kernel of its own, for want of other measurements.
 // There, one wave of blocks that leaves few multiprocessors idle is what counts; two blocks on each
 // do no harm, and many tokens want large blocks, which read them less often.
-DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
+DecodeLayout choose_layout(const DecodeCall& call, const DecodeWeight& weight,
+                           const Device& device) {
   DecodeLayout layout = call.layout;
   const int most = device.multiprocessors, enough = most * 5 / 6;
-  const auto tiles = [&](int rows) { return (call.out_features + rows - 1) / rows; };
+  const auto tiles = [&](int rows) { return (weight.out_features + rows - 1) / rows; };
   if (layout.rows == 0) {
     const int blocks = call.tokens > 32 ? enough : 2 * most + 1;
     layout.rows = tiles(256) >= blocks ? 256 : tiles(128) >= blocks ? 128 : 64;
@@ -314,39 +317,49 @@ DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
 }
 
 template <typename T>
-const char* launch_for_type(const DecodeCall& call, int index, const Device& device,
-                            const DecodeLayout& layout) {
-  if (call.tokens <= 8) return launch_for_tokens<T, 1>(call, index, device, layout);
-  if (call.tokens <= 16) return launch_for_tokens<T, 2>(call, index, device, layout);
-  if (call.tokens <= 32) return launch_for_tokens<T, 4>(call, index, device, layout);
-  return launch_for_tokens<T, 8>(call, index, device, layout);
+const char* launch_for_type(const DecodeCall& call, const DecodeWeight& weight, int index,
+                            const Device& device) {
+  const DecodeLayout layout = choose_layout(call, weight, device);
+  if (layout.splits > 1 && device.major < 9) return "splits need compute capability 9.0";
+  if (call.tokens <= 8) return launch_for_tokens<T, 1>(call, weight, index, device, layout);
+  if (call.tokens <= 16) return launch_for_tokens<T, 2>(call, weight, index, device, layout);
+  if (call.tokens <= 32) return launch_for_tokens<T, 4>(call, weight, index, device, layout);
+  return launch_for_tokens<T, 8>(call, weight, index, device, layout);
 }
 
 }  // namespace
 
 const char* sparse_linear_decode(const DecodeCall& call) {
   if (call.tokens < 1) return "at least one token is needed";
+  if (call.num_weights < 1 || call.num_weights > kMaxDecodeWeights)
+    return "1 to 4 weights are supported";
   if (call.in_features % kStep != 0) return "in_features must be a multiple of 64";
-  if (static_cast<std::int64_t>(call.out_features) * call.in_features >= std::int64_t{1} << 32) {
-    return "a weight must have fewer than 2^32 entries";
-  }
   const auto misaligned = [](const void* p) {
     return reinterpret_cast<std::uintptr_t>(p) % kPiece != 0;
   };
-  if (misaligned(call.x) || misaligned(call.values) || misaligned(call.codes) ||
-      call.x_stride % 8 != 0) {
-    return "x, values, codes and the rows of x must be aligned to 16 bytes";
+  bool is_misaligned = misaligned(call.x) || call.x_stride % 8 != 0;
+  for (int i = 0; i < call.num_weights; ++i) {
+    const DecodeWeight& weight = call.weights[i];
+    if (static_cast<std::int64_t>(weight.out_features) * call.in_features >= std::int64_t{1}
+                                                                                 << 32) {
+      return "a weight must have fewer than 2^32 entries";
+    }
+    is_misaligned = is_misaligned || misaligned(weight.values) || misaligned(weight.codes);
   }
+  if (is_misaligned) return "x, values, codes and the rows of x must be aligned to 16 bytes";
   int index = 0;
   const Device* device = current_device(index);
   if (device == nullptr) return "the attributes of the current device cannot be read";
   if (device->major < 8) return "sparse tensor cores need compute capability 8.0";
   if (device->major == 9) return sparse_linear_decode_hopper(call, index, *device);
   if (call.tokens > kMaxDecodeTokens) return "1 to 64 tokens are supported";
-  const DecodeLayout layout = choose_layout(call, *device);
-  if (layout.splits > 1 && device->major < 9) return "splits need compute capability 9.0";
-  return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, *device, layout)
-                          : launch_for_type<__half>(call, index, *device, layout);
+  const char* error = nullptr;
+  for (int i = 0; i < call.num_weights && error == nullptr; ++i) {
+    const DecodeWeight& weight = call.weights[i];
+    error = call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, weight, index, *device)
+                             : launch_for_type<__half>(call, weight, index, *device);
+  }
+  return error;
 }
 
 }  // namespace proxsparse

@@ -6,6 +6,7 @@
 namespace proxsparse {
 
 constexpr int kMaxDecodeTokens = 64, kMaxHopperTokens = 256;
+constexpr int kMaxDecodeWeights = 4;  // that one call multiplies with
 
 // How a call is laid out on the GPU; zeros let the library choose. Where a block has too little
 // shared memory for rows and depth, they give way to the next smaller ones; splits stay.
@@ -15,25 +16,31 @@ struct DecodeLayout {
   int splits = 0;  // blocks that share the columns of a tile, as one cluster: 1, 2, 4 or 8
 };
 
-// y[M, N] = x[M, K] W[N, K]^T + bias. All pointers are device memory, 16-byte aligned; y is
-// contiguous, the rows of x are x_stride elements apart.
-struct DecodeCall {
-  const void* x;
+// A weight W [N, K] and where its product goes.
+struct DecodeWeight {
   const void* values;  // [N, K/2]
   const void* codes;   // uint8 [ceil(N/64), K/32, 256], from `reference.tile_codes`
   const void* bias;    // [N], or null
-  void* y;
-  int tokens, out_features, in_features;
+  void* y;             // [M, N], contiguous
+  int out_features;    // N
+};
+
+// y[M, N] = x[M, K] W[N, K]^T + bias, for weights that are multiplied with the same x. All pointers
+// are device memory, 16-byte aligned; the rows of x are x_stride elements apart.
+struct DecodeCall {
+  const void* x;
+  const DecodeWeight* weights;
+  int num_weights, tokens, in_features;
   std::int64_t x_stride;
   bool is_bfloat16;  // else float16
   DecodeLayout layout;
-  // Whether the weight was complete before the kernel that is queued ahead of this one began: then
-  // it may be read while that one ends.
+  // Whether the weights were complete before the kernel that is queued ahead of this one began:
+  // then they may be read while that one ends.
   bool may_start_early;
   void* stream;
 };
 
-// Queues the product on the stream of the current device. Returns null, or what is wrong.
+// Queues the products on the stream of the current device. Returns null, or what is wrong.
 const char* sparse_linear_decode(const DecodeCall& call);
 
 }  // namespace proxsparse

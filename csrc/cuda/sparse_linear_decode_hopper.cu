@@ -7,6 +7,9 @@
 // and up to 64 tokens a block is bound by what it reads. More than 128 are dealt out to several
 // blocks of the same rows.
 //
+// Weights that are multiplied with the same tokens share a launch, each with blocks of its own: a
+// small one alone leaves most of the GPU idle, and any launch a moment of it.
+//
 // The form of the weight, the rows of a block and the split of the columns over a cluster are those
 // of sparse_linear_decode.cu. Every sum has a fixed order: results are bitwise reproducible.
 
@@ -52,6 +55,20 @@ struct Shape {
   static constexpr int kBlocks = kRowTiles * tokens > 128 ? 1 : 2;
 };
 
+template <typename T>
+struct Weight {
+  TileMap values;
+  const std::uint8_t* codes;
+  const T* bias;
+  T* y;
+  int N, end;  // of its tiles of rows, among those of all weights
+};
+
+template <typename T>
+struct Weights {
+  Weight<T> of[kMaxDecodeWeights];
+};
+
 // Where in the ring chunk `index` is, and the parity of its turn.
 struct Turn {
   int stage = 0;
@@ -69,16 +86,17 @@ struct Turn {
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks)
     sparse_linear_decode_hopper_kernel(const __grid_constant__ TileMap x,
-                                       const __grid_constant__ TileMap values,
-                                       const std::uint8_t* __restrict__ codes,
-                                       const typename S::T* __restrict__ bias,
-                                       typename S::T* __restrict__ y, int M, int N, int K,
-                                       int token_tiles, int splits, int stages) {
+                                       const __grid_constant__ Weights<typename S::T> weights,
+                                       int M, int K, int token_tiles, int splits, int stages) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int part = blockIdx.x % splits, block = blockIdx.x / splits;
-  const int first_row = block / token_tiles * S::kRows;
+  int index = 0;
+  while (block / token_tiles >= weights.of[index].end) ++index;
+  const Weight<T>& weight = weights.of[index];
+  const int begin_tile = index == 0 ? 0 : weights.of[index - 1].end, N = weight.N;
+  const int first_row = (block / token_tiles - begin_tile) * S::kRows;
   const int first_token = block % token_tiles * S::kTokens;
   const int num_chunks = (K + kColumns - 1) / kColumns;
   const int begin = num_chunks * part / splits, count = num_chunks * (part + 1) / splits - begin;
@@ -108,12 +126,12 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
       const int column = (begin + i) * kColumns;
       const int code_bytes = columns_left(i) / kCodeColumns * kCodeTile;
       arrive_and_expect(landed + stage, S::kCodesAt + S::kRows / kCodeRows * code_bytes);
-      copy_tile(to, values, first_row, column / 2, landed + stage);
+      copy_tile(to, weight.values, first_row, column / 2, landed + stage);
       for (int j = 0; j < S::kRows / kCodeRows; ++j) {
         const std::int64_t tile_row = min(first_row + j * kCodeRows, N - 1) / kCodeRows;
         const std::int64_t tile = tile_row * (K / kCodeColumns) + column / kCodeColumns;
-        copy_bytes(to + S::kCodesAt + j * S::kCodeBytes, codes + tile * kCodeTile, code_bytes,
-                   landed + stage);
+        copy_bytes(to + S::kCodesAt + j * S::kCodeBytes, weight.codes + tile * kCodeTile,
+                   code_bytes, landed + stage);
       }
     };
     const auto load_tokens = [&](int i, int stage) {
@@ -205,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   }
   __syncthreads();
   store_sums<T, S::kRows, S::kTokens, S::kColumnGroups, S::kSumStride, kThreads>(
-      partial, bias, y + static_cast<std::int64_t>(first_token) * N,
+      partial, weight.bias, weight.y + static_cast<std::int64_t>(first_token) * N,
       min(M - first_token, S::kTokens), N, first_row, part, splits);
 }
 
@@ -221,22 +239,29 @@ const char* launch(const DecodeCall& call, int index, const Device& device,
   // A stage is always the same warpgroup's: a phase shows by its parity alone, and one that is
   // ahead of the other would take the other's chunk for its next.
   stages -= stages % S::kColumnGroups;
-  TileMap x, values;
+  TileMap x;
   const char* error = describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride,
                                      S::kTokens, call.is_bfloat16);
-  if (error == nullptr) {
-    error = describe_tiles(&values, call.values, call.out_features, call.in_features / 2,
+  Weights<T> weights;
+  int row_tiles = 0;
+  for (int i = 0; i < call.num_weights && error == nullptr; ++i) {
+    const DecodeWeight& from = call.weights[i];
+    row_tiles += (from.out_features + S::kRows - 1) / S::kRows;
+    Weight<T>& to = weights.of[i];
+    to.codes = static_cast<const std::uint8_t*>(from.codes);
+    to.bias = static_cast<const T*>(from.bias);
+    to.y = static_cast<T*>(from.y);
+    to.N = from.out_features;
+    to.end = row_tiles;
+    error = describe_tiles(&to.values, from.values, from.out_features, call.in_features / 2,
                            call.in_features / 2, S::kRows, call.is_bfloat16);
   }
   if (error != nullptr) return error;
   const int token_tiles = (call.tokens + S::kTokens - 1) / S::kTokens;
-  const int row_tiles = (call.out_features + S::kRows - 1) / S::kRows;
   return launch_decode<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index,
                           row_tiles * token_tiles * layout.splits, layout.splits, kThreads,
-                          kStagesAt + stages * S::kStageBytes, x, values,
-                          static_cast<const std::uint8_t*>(call.codes),
-                          static_cast<const T*>(call.bias), static_cast<T*>(call.y), call.tokens,
-                          call.out_features, call.in_features, token_tiles, layout.splits, stages);
+                          kStagesAt + stages * S::kStageBytes, x, weights, call.tokens,
+                          call.in_features, token_tiles, layout.splits, stages);
 }
 
 template <typename T, int tokens>
@@ -264,7 +289,13 @@ DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
   DecodeLayout layout = call.layout;
   const int most = device.multiprocessors, enough = most * 5 / 6;
   const int token_tiles = (call.tokens + 127) / 128;
-  const auto tiles = [&](int rows) { return (call.out_features + rows - 1) / rows * token_tiles; };
+  const auto tiles = [&](int rows) {
+    int row_tiles = 0;
+    for (int i = 0; i < call.num_weights; ++i) {
+      row_tiles += (call.weights[i].out_features + rows - 1) / rows;
+    }
+    return row_tiles * token_tiles;
+  };
   if (layout.rows == 0) {
     const bool is_one_wave = tiles(256) >= enough && tiles(256) <= most;
     layout.rows = tiles(64) <= 2 * most ? 64 : is_one_wave && call.tokens <= 16 ? 256 : 128;

@@ -3,11 +3,11 @@
 
 #include "emulator.h"
 
-extern "C" const char* decode(const void* x, const void* values, const void* codes,
-                              const void* bias, void* y, int tokens, int out_features,
-                              int in_features, std::int64_t x_stride, bool is_bfloat16, int rows,
-                              int depth, int splits, bool copies_land_early, bool descending,
-                              int device, int shared_bytes, int major) {
+extern "C" const char* decode(const void* x, const proxsparse::DecodeWeight* weights,
+                              int num_weights, int tokens, int in_features, std::int64_t x_stride,
+                              bool is_bfloat16, int rows, int depth, int splits,
+                              bool copies_land_early, bool descending, int device, int shared_bytes,
+                              int major) {
   // The library asks a device for its properties once: another size must be another device.
   emulator::settings.device = device;
   emulator::settings.copies_land_early = copies_land_early;
@@ -15,12 +15,9 @@ extern "C" const char* decode(const void* x, const void* values, const void* cod
   emulator::settings.shared_bytes = shared_bytes;
   emulator::settings.major = major;
   return proxsparse::sparse_linear_decode({x,
-                                           values,
-                                           codes,
-                                           bias,
-                                           y,
+                                           weights,
+                                           num_weights,
                                            tokens,
-                                           out_features,
                                            in_features,
                                            x_stride,
                                            is_bfloat16,

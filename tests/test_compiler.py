@@ -1,0 +1,103 @@
+"""Products of one input find together in a traced graph, and give what they give alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from proxsparse import ops, sparsify_
+from proxsparse.compiler import compile_grouped, group_products_
+from proxsparse.sparse_linear import SparseLinear
+from proxsparse.targets import find_targets
+
+GROUP = torch.ops.proxsparse.sparse_linear_group.default
+
+
+def sparse(k: int, n: int, bias: bool = False) -> SparseLinear:
+    linear = nn.Linear(k, n, bias=bias)
+    linear.weight.data = ops.project_2to4(linear.weight.data)
+    return SparseLinear.from_linear(linear)
+
+
+def sizes_of_groups(run: Callable[..., Any], *inputs: Any) -> tuple[Any, list[int]]:
+    """What the function gives after grouping, and how many products each of its groups has."""
+    found = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
+        num_groups = group_products_(module.graph)
+        module.graph.lint()
+        module.recompile()
+        nodes = [node for node in module.graph.nodes if node.target is GROUP]
+        found.extend(len(node.args[1]) for node in nodes)
+        assert len(nodes) == num_groups
+        return module
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(run, backend=backend, fullgraph=True)(*inputs), found
+
+
+def test_products_of_one_input_become_one_call() -> None:
+    q, k, v, out = sparse(16, 12, bias=True), sparse(16, 4), sparse(16, 4), sparse(4, 8)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        mixed = q(x).sum() + k(x)
+        return out(v(x) * mixed), q(x + 1)
+
+    x = torch.randn(3, 16)
+    results, found = sizes_of_groups(run, x)
+    assert found == [3]
+    with torch.no_grad():
+        for result, expected in zip(results, run(x), strict=True):
+            assert torch.equal(result, expected)
+
+
+def test_a_weight_that_is_made_in_between_stays_where_it_is() -> None:
+    first, second = sparse(16, 8), sparse(16, 8)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = first(x)
+        bias = y.sum(0)
+        return y, ops.sparse_linear(x, second.values, second.codes, bias)
+
+    x = torch.randn(3, 16)
+    results, found = sizes_of_groups(run, x)
+    assert found == []
+    assert torch.equal(results[1], run(x)[1])
+
+
+def test_the_blocks_of_a_model(tiny_model: Callable[[str], Any]) -> None:
+    model = tiny_model("llama")
+    for target in find_targets(model).layers:
+        target.set_weight_(ops.project_2to4(target.weight()))
+    sparsify_(model)
+    x = torch.arange(10)[None]
+    logits, found = sizes_of_groups(lambda x: model(x, use_cache=False).logits, x)
+    assert found == [3, 2] * model.config.num_hidden_layers
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(x, use_cache=False).logits)
+
+
+def test_with_gradients_the_graph_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda module, _: kept.append(module) or module
+    )
+    a, b = sparse(16, 8, bias=True), sparse(16, 8)
+    x = torch.randn(3, 16)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: a(x) + b(x), backend=compile_grouped)
+    run(x).sum().backward()
+    assert a.bias is not None and torch.equal(a.bias.grad, torch.full((8,), 3.0))
+    with torch.no_grad():
+        run(x)
+    counts = [sum(node.target is GROUP for node in module.graph.nodes) for module in kept]
+    assert counts == [0, 1]
+
+
+def test_torch_knows_the_backend_by_name() -> None:
+    assert "proxsparse" in torch._dynamo.list_backends()
