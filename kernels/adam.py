@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .group import reciprocal, square_root
+from .group import reciprocal, reciprocal_root, square_root
 
 
 @triton.jit
 def bias_corrections(step, log_beta1, log_beta2):
     """(1/(1 - beta1^step), 1/sqrt(1 - beta2^step)), given the logarithms of the betas."""
-    m_scale = 1.0 / _one_minus_exp(step * log_beta1)
-    v_scale = 1.0 / tl.sqrt(_one_minus_exp(step * log_beta2))
+    m_scale = reciprocal(_one_minus_exp(step * log_beta1))
+    v_scale = reciprocal_root(_one_minus_exp(step * log_beta2))
     return m_scale, v_scale
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import keep_two
-from .group import join_group, reciprocal_root, round_to, split_group
+from .group import join_group, reciprocal_root, round_to, split_group, widen
 from .launch import BLOCK, NUM_WARPS, on_device, vector_width
 
 PRIOR_FLOOR = tl.constexpr(1e-3)
@@ -41,8 +41,9 @@ def keep_best(w0, s, a, b, c, d, BLOCK: tl.constexpr):
     sa, sb, sc, sd = split_group(s, BLOCK)
     ka, kb, kc, kd = keep_two(a * sa, b * sb, c * sc, d * sd)
     wa, wb, wc, wd = split_group(w0, BLOCK)
-    wa, wb = tl.where(ka, wa, 0.0), tl.where(kb, wb, 0.0)
-    wc, wd = tl.where(kc, wc, 0.0), tl.where(kd, wd, 0.0)
+    zero = tl.zeros_like(wa)
+    wa, wb = tl.where(ka, wa, zero), tl.where(kb, wb, zero)
+    wc, wd = tl.where(kc, wc, zero), tl.where(kd, wd, zero)
     return join_group(wa, wb, wc, wd, BLOCK)
 
 
@@ -69,10 +70,10 @@ def _gate_project_kernel(
     mask = tl.max_constancy(offset < tl.minimum(n - first, BLOCK).to(tl.int32), VECTOR)
     column = columns(first, K, ROW_SPANS_TILE, BLOCK)
 
-    w0 = tl.load(w0_ptr + start + offset, mask, 0.0).to(tl.float32)
-    s = tl.load(s_ptr + start + offset, mask, 0).to(tl.float32)
-    norm = tl.load(norm_ptr + tl.program_id(1).to(tl.int64) * K + column).to(tl.float32)
-    a, b, c, d = gate_prior(w0, norm, BLOCK)
+    w0 = tl.load(w0_ptr + start + offset, mask, 0.0)
+    s = widen(tl.load(s_ptr + start + offset, mask, 0))
+    norm = widen(tl.load(norm_ptr + tl.program_id(1).to(tl.int64) * K + column))
+    a, b, c, d = gate_prior(widen(w0), norm, BLOCK)
     kept = keep_best(w0, s, a, b, c, d, BLOCK)
     tl.store(out_ptr + start + offset, round_to(kept, out_ptr.dtype.element_ty), mask)
 

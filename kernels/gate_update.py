@@ -24,6 +24,7 @@ from .group import (
     scalar,
     split_group,
     square_root,
+    widen,
 )
 from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_width
 from .rounding import QUANTUM_BLOCK, dequantize, quantize, random_bits, uniform
@@ -71,13 +72,15 @@ def _gate_update_kernel(
     column = columns(first, K, ROW_SPANS_TILE, BLOCK)
     norm_ptr += tl.program_id(1).to(tl.int64) * K
 
-    grad = tl.load(grad_ptr + start + offset, mask, 0.0).to(tl.float32)
-    w0 = tl.load(w0_ptr + start + offset, mask, 0.0).to(tl.float32)
-    m = tl.load(m_ptr + start + offset, mask, 0).to(tl.float32)
-    v = tl.load(v_ptr + start + offset, mask, 0).to(tl.float32)
-    s = tl.load(s_ptr + start + offset, mask, 0).to(tl.float32)
-    norm = tl.load(norm_ptr + column).to(tl.float32)
-    count = scalar(step)
+    grad = widen(tl.load(grad_ptr + start + offset, mask, 0.0))
+    frozen = tl.load(w0_ptr + start + offset, mask, 0.0)
+    w0 = widen(frozen)
+    m = widen(tl.load(m_ptr + start + offset, mask, 0))
+    v = widen(tl.load(v_ptr + start + offset, mask, 0))
+    s = widen(tl.load(s_ptr + start + offset, mask, 0))
+    norm = widen(tl.load(norm_ptr + column))
+    # Loaded before anything is stored: the compiler must not move a load across a store.
+    count, rate, strength, grad_scale = scalar(step), scalar(lr), scalar(lam), scalar(grad_scale)
     if scales_ptr is not None:
         block = first // QUANTUM_BLOCK + tl.arange(0, BLOCK // QUANTUM_BLOCK)
         num_blocks = tl.cdiv(n, QUANTUM_BLOCK)
@@ -90,7 +93,7 @@ def _gate_update_kernel(
 
     a, b, c, d = gate_prior(w0, norm, BLOCK)
     m_scale, v_scale = bias_corrections(count, log_beta1, log_beta2)
-    ds = grad * w0 * scalar(grad_scale)
+    ds = grad * w0 * grad_scale
     m, v, direction = adam(ds, m, v, share1, share2, eps, v_scale)
     if scales_ptr is None:
         tl.store(m_ptr + start + offset, round_to(m, m_ptr.dtype.element_ty), mask)
@@ -105,23 +108,24 @@ def _gate_update_kernel(
         tl.store(v_ptr + start + offset, codes.to(tl.uint8), mask)
         tl.store(scales_ptr + 1, unit, block < num_blocks)
 
-    gate = tl.clamp(s - scalar(lr) * m_scale * direction, 0.0, 1.0, ALL)
+    gate = tl.clamp(s - rate * m_scale * direction, 0.0, 1.0, ALL)
     ga, gb, gc, gd = split_group(gate, BLOCK)
-    ga, gb, gc, gd = prox_group(a * ga, b * gb, c * gc, d * gd, scalar(lam), False, STEPS)
+    ga, gb, gc, gd = prox_group(a * ga, b * gb, c * gc, d * gd, strength, False, STEPS)
     ga, gb = _unscale(ga, a), _unscale(gb, b)
     gc, gd = _unscale(gc, c), _unscale(gd, d)
     s = join_group(ga, gb, gc, gd, BLOCK)
     if scales_ptr is None:
         rounded = round_to(s, s_ptr.dtype.element_ty)
-        s = rounded.to(tl.float32)
+        # Written like this, two bfloat16 products with w0 are one instruction.
+        s = widen(rounded) if HARD else rounded.to(tl.float32)
     else:
         rounded = tl.floor(s * 255.0 + uniform(bits, 2)).to(tl.uint8)
         s = rounded.to(tl.float32) * (1.0 / 255)
     tl.store(s_ptr + start + offset, rounded, mask)
     if out_ptr is not None:
-        gated = w0 * s
+        gated = frozen.to(tl.float32) * s
         if HARD:
-            gated = keep_best(w0, s, a, b, c, d, BLOCK)
+            gated = keep_best(frozen, s, a, b, c, d, BLOCK)
         tl.store(out_ptr + start + offset, round_to(gated, out_ptr.dtype.element_ty), mask)
 
 

@@ -79,9 +79,25 @@ def square_root(x):
 
 
 @triton.jit
+def widen(x):
+    """Cast x to fp32. Each of the two bfloat16 in a register takes one instruction this way."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
 def round_to(x, dtype: tl.constexpr):
     """Cast x to `dtype`, to nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         return tl.where(x == x, nearest, x).to(dtype)
@@ -109,8 +125,8 @@ def prox_group(a, b, c, d, lam, SIGNED: tl.constexpr, STEPS: tl.constexpr):
     On the box 0 <= w <= |z|, where the minimiser is, the row sums of R's Hessian are at most twice
     the sum of |z|. While lam times that stays below 1 in the whole tile the problem is convex
     there: coordinate descent finds the one minimum, in any order of the entries. Otherwise the
-    candidates are compared, which needs the entries sorted. As a tile takes one of the two ways, a
-    group's last bits can depend on the other groups of its tile.
+    candidates are compared, for which the two largest entries must be known. As a tile takes one of
+    the two ways, a group's last bits can depend on the other groups of its tile.
 
     With SIGNED false the entries are known to be non-negative. STEPS, 2 or 3, is the number of
     iterations for each candidate: three meet fp32 rounding; two leave the objective within 3e-5 of
@@ -126,10 +142,10 @@ def prox_group(a, b, c, d, lam, SIGNED: tl.constexpr, STEPS: tl.constexpr):
     bits = ((z1 + z2) + (z3 + z4)).to(tl.int32, bitcast=True)
     curvature = 2.0 * lam * tl.max(bits, 0).to(tl.float32, bitcast=True)
     if curvature < 1.0:
-        w1, w2, w3, w4 = z1, z2, z3, z4
-        sweeps = STEPS + 1 + (5.0 * curvature).to(tl.int32)
+        w1, w2, w3, w4 = _sweep(z1, z2, z3, z1 + z2, z1, z2, z3, z4, lam)
+        sweeps = STEPS + (5.0 * curvature).to(tl.int32)
         while sweeps > 0:
-            w1, w2, w3, w4 = _sweep(w1, w2, w3, w4, z1, z2, z3, z4, lam)
+            w1, w2, w3, w4 = _sweep(w1, w2, w3, w1 + w2, z1, z2, z3, z4, lam)
             sweeps -= 1
     else:
         w1, w2, w3, w4 = _prox_any_order(z1, z2, z3, z4, lam, STEPS)
@@ -139,9 +155,9 @@ def prox_group(a, b, c, d, lam, SIGNED: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _sweep(x, y, u, v, z1, z2, z3, z4, lam):
-    """One sweep of exact coordinate minimisation over (v, u, y, x)."""
-    pair, product = x + y, x * y
+def _sweep(x, y, u, pair, z1, z2, z3, z4, lam):
+    """One sweep of exact coordinate minimisation over (v, u, y, x), given pair = x + y."""
+    product = x * y
     v = tl.maximum(z4 - lam * (product + u * pair), 0.0, ALL)
     u = tl.maximum(z3 - lam * (product + v * pair), 0.0, ALL)
     pair, product = u + v, u * v
@@ -152,24 +168,24 @@ def _sweep(x, y, u, v, z1, z2, z3, z4, lam):
 
 @triton.jit
 def _prox_any_order(a, b, c, d, lam, STEPS: tl.constexpr):
-    """The prox of non-negative entries: sort, solve, and undo the sort.
+    """The prox of non-negative entries: part the two largest from the others, solve, put back.
 
-    The network only exchanges neighbours, so equal entries keep their order.
+    Only which are the two largest matters to the solver, not their order, and which of the others
+    is the larger: four comparisons instead of the five or six of a sort. Of equal entries the one
+    with the lower index counts as the larger. Exchanges go by `>` and so respect that, but if c and
+    d pass both a and b, the larger of these comes to stand last.
     """
-    z1, z2, s1 = _larger_first(a, b)
-    z3, z4, s2 = _larger_first(c, d)
-    z2, z3, s3 = _larger_first(z2, z3)
-    z1, z2, s4 = _larger_first(z1, z2)
-    z3, z4, s5 = _larger_first(z3, z4)
-    z2, z3, s6 = _larger_first(z2, z3)
-    w1, w2, w3, w4 = _prox_sorted(z1, z2, z3, z4, lam, STEPS)
-    w2, w3 = _exchange(w2, w3, s6)
-    w1, w2 = _exchange(w1, w2, s4)
-    w3, w4 = _exchange(w3, w4, s5)
-    w2, w3 = _exchange(w2, w3, s3)
-    w1, w2 = _exchange(w1, w2, s1)
-    w3, w4 = _exchange(w3, w4, s2)
-    return w1, w2, w3, w4
+    a, b, s1 = _larger_first(a, b)
+    c, d, s2 = _larger_first(c, d)
+    z1, z4, s3 = _larger_first(a, d)
+    z2, z3, s4 = _larger_first(b, c)
+    fourth_is_larger = (z4 > z3) | (s3 & (z4 >= z3))
+    w1, w2, w3, w4 = _prox_parted(z1, z2, z3, z4, fourth_is_larger, lam, STEPS)
+    a, d = _exchange(w1, w4, s3)
+    b, c = _exchange(w2, w3, s4)
+    a, b = _exchange(a, b, s1)
+    c, d = _exchange(c, d, s2)
+    return a, b, c, d
 
 
 @triton.jit
@@ -180,63 +196,65 @@ def _signed(magnitude, like):
 
 
 @triton.jit
-def _prox_sorted(z1, z2, z3, z4, lam, STEPS: tl.constexpr):
-    """The prox of z1 >= z2 >= z3 >= z4 >= 0.
+def _prox_parted(z1, z2, z3, z4, fourth_is_larger, lam, STEPS: tl.constexpr):
+    """The prox of entries >= 0 of which neither of z1, z2 is smaller than either of z3, z4.
 
-    Solved in units of 1/lam, where w1, w2 enter through their sum and difference only:
+    Solved in units of 1/lam, where w1, w2 enter through their sum and difference only, so that
+    their order does not matter, nor does that of w3, w4:
 
-    * 3-sparse with w3 = t: w1 + w2 = (z1 + z2)/(1 + t) and w1 - w2 = (z1 - z2)/(1 - t), which
-      leaves
-      g(t) = t - z3 + w1*w2 = 0. The first steps take the root of g's parabola, as near the
-      threshold two roots are about to merge; a third is Newton's.
+    * 3-sparse with the entry t beside w1, w2: w1 + w2 = (z1 + z2)/(1 + t) and
+      w1 - w2 = (z1 - z2)/(1 - t), which leaves g(t) = t - max(z3, z4) + w1*w2 = 0. The first steps
+      take the root of g's parabola, as near the threshold two roots are about to merge; a third is
+      Newton's.
     * dense with the pair sums s = w1 + w2 and q = w3 + w4: w1 - w2 = (z1 - z2)/(1 - q) and
       w3 - w4 = (z3 - z4)/(1 - s), which leaves two equations for Newton. The start keeps
       s <= 1 - 0.18*(z3 + z4), where the Hessian is that of a minimum.
 
-    `gain` is how far a candidate's objective lies below the 2-sparse one's. It is the true value at
-    the point reached, converged or not, and the sweep of exact coordinate steps at the end cannot
-    raise the
-    objective: a candidate that does not exist loses, or at worst is a valid point.
+    `gain` is four times what a candidate's objective lies below the 2-sparse one's; with the
+    differences above put in, few terms are left of it. It is the true value at the point reached,
+    converged or not, and the sweep of exact coordinate steps at the end cannot raise the objective:
+    a candidate that does not exist loses, or at worst is a valid point.
     """
     # lam = 0 must leave z as it is: the floor keeps 1/lam finite, and the sweep uses lam itself.
     unit = tl.maximum(lam, 1e-30)
     x1, x2, x3, x4 = z1 * unit, z2 * unit, z3 * unit, z4 * unit
     total, gap, low_total, low_gap = x1 + x2, x1 - x2, x3 + x4, x3 - x4
 
-    # g and its derivatives, all times four: g4 = 4*g, half_slope = 2*g', curve = 2*g''/3.
-    t = tl.minimum(tl.minimum(x3, 0.35 * x2), 0.25)
+    # plus and minus are 1/(1 + t) and 1/(1 - t); slope = 2*g', curve = g''/3.
+    third = tl.maximum(x3, x4)
+    t = tl.minimum(tl.minimum(third, 0.25 * tl.minimum(x1, x2)), 0.3)
     for step in tl.static_range(STEPS):
         r = reciprocal(1.0 - t * t)
         plus, minus = r - t * r, r + t * r
         p, m = total * plus, gap * minus
         p, m = p * p, m * m
-        p_plus, m_minus = p * plus, m * minus
-        half_slope = 2.0 - (p_plus + m_minus)
-        g4 = 4.0 * (t - x3) + (p - m)
         if step < 2:
+            p_plus, m_minus = p * plus, m * minus
+            slope = 2.0 - p_plus - m_minus
             curve = p_plus * plus - m_minus * minus
-            root = square_root(tl.maximum(half_slope * half_slope - 3.0 * g4 * curve, 0.0))
-            t = t - g4 * reciprocal(half_slope + root)
+            g4 = 4.0 * (t - third) + (p - m)
+            root = square_root(slope * slope - 3.0 * (g4 * curve))
+            t = t - g4 * reciprocal(slope + root)
         else:
-            t = t - 0.5 * g4 * reciprocal(half_slope)
-    # At a 3-sparse minimum gain = t^2/2 * (1 - w1^2 - w2^2): with t above 1/sqrt(2) it cannot win.
+            slope = 2.0 - p * plus - m * minus
+            g2 = 2.0 * (t - third) + 0.5 * (p - m)
+            t = t - g2 * reciprocal(slope)
+    # Where the parabola has no root t is NaN, and its maximum with 0 is 0. At a 3-sparse minimum
+    # gain = 2*t^2 * (1 - w1^2 - w2^2): with t above 1/sqrt(2) it cannot win.
     t = tl.minimum(tl.maximum(t, 0.0), 0.70711)
     r = reciprocal(1.0 - t * t)
     s3, delta3 = total * (r - t * r), gap * (r + t * r)
-    x, y = s3 + delta3, s3 - delta3
-    gain3 = t * (x3 - 0.25 * x * y - 0.125 * t * (4.0 + x * x + y * y))
-    wins = (gain3 > 0.0) & (y >= 0.0)
+    gain3 = t * (4.0 * third - 2.0 * t - total * s3 + gap * delta3)
+    wins = (gain3 > 0.0) & (s3 >= tl.abs(delta3))
     t, gain3 = tl.where(wins, t, 0.0), tl.where(wins, gain3, 0.0)
     s3, delta3 = tl.where(wins, s3, total), tl.where(wins, delta3, gap)
 
     bound = 1.0 - 0.18 * low_total
     s = tl.minimum(total, bound)
-    q = tl.maximum((low_total - 0.5 * (s * s - gap * gap)) * reciprocal(1.0 + s), 0.0)
+    q = (low_total - 0.5 * (s * s - gap * gap)) * reciprocal(1.0 + s)
     s = tl.minimum((total - 0.5 * q * q) * reciprocal(1.0 + q), bound)
     for _ in tl.static_range(STEPS):
-        one_s, one_q = 1.0 - s, 1.0 - q
-        r = reciprocal(one_s * one_q)
-        inv_s, inv_q = r * one_q, r * one_s
+        inv_s, inv_q = reciprocal(1.0 - s), reciprocal(1.0 - q)
         delta, d = gap * inv_q, low_gap * inv_s
         delta2, d2 = delta * delta, d * d
         f_s = (s - total) + q * s + 0.5 * (q * q - d2)
@@ -246,20 +264,14 @@ def _prox_sorted(z1, z2, z3, z4, lam, STEPS: tl.constexpr):
         cross = s + q
         inv_det = reciprocal(h_s * h_q - cross * cross)
         s, q = s - (h_q * f_s - cross * f_q) * inv_det, q - (h_s * f_q - cross * f_s) * inv_det
-    one_s, one_q = 1.0 - s, 1.0 - q
-    r = reciprocal(one_s * one_q)
-    delta, d = gap * (r * one_s), low_gap * (r * one_q)
-    # Four times the objective, from terms of one sign each: nothing cancels.
-    off_s, off_q, off_delta, off_d = s - total, q - low_total, q * delta, s * d
-    objective = off_s * off_s + off_q * off_q + off_delta * off_delta + off_d * off_d
-    y, v = s - tl.abs(delta), q - tl.abs(d)
-    objective += y * (s + tl.abs(delta)) * q + v * (q + tl.abs(d)) * s
-    gain4 = 0.25 * (low_total * low_total + low_gap * low_gap - objective)
-    wins = (gain4 >= gain3) & (tl.minimum(y, v) >= 0.0)
+    delta, d = gap * reciprocal(1.0 - q), low_gap * reciprocal(1.0 - s)
+    off = s - total
+    gain4 = low_gap * d - off * off + q * (2.0 * low_total - q + gap * delta - s * (s + q))
+    wins = (gain4 >= gain3) & (s >= tl.abs(delta)) & (q >= tl.abs(d))
     s, delta = tl.where(wins, s, s3), tl.where(wins, delta, delta3)
-    q, d = tl.where(wins, q, t), tl.where(wins, d, t)
+    q, d = tl.where(wins, q, t), tl.where(wins, d, tl.where(fourth_is_larger, -t, t))
 
-    half = 0.5 * reciprocal(unit)
-    x, y = (s + delta) * half, (s - delta) * half
-    u, v = (q + d) * half, (q - d) * half
-    return _sweep(x, y, u, v, z1, z2, z3, z4, lam)
+    whole = reciprocal(unit)
+    half = 0.5 * whole
+    x, y, u = (s + delta) * half, (s - delta) * half, (q + d) * half
+    return _sweep(x, y, u, s * whole, z1, z2, z3, z4, lam)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import as_bits, keep_two, magnitude
+from .bits import as_bits, magnitude
 from .group import split_group
 from .launch import BLOCK, NUM_WARPS, on_device
 
@@ -47,12 +47,14 @@ def _pack_2to4_kernel(
     base, offset, mask = code_tile(n, K, PADDED, BLOCK)
     w = tl.load(w_ptr + offset, mask, 0)
     a, b, c, d = split_group(w, BLOCK)
-    ma, mb, mc, md = split_group(magnitude(w), BLOCK)
-    ka, kb, kc, kd = keep_two(ma, mb, mc, md)
-    first = tl.where(ka, 0, tl.where(kb, 1, 2))
-    last = tl.where(kd, 3, tl.where(kc, 2, 1))
+    # With at most two non-zeros no magnitudes need comparing. What is kept last is the last
+    # non-zero, but b at least; what is kept first is another non-zero before it, or else a.
+    _, nb, nc, nd = split_group(magnitude(w) != 0, BLOCK)
+    from_c, from_b = nc & nd, nb & (nc | nd)
+    first = tl.where(from_c, 2, tl.where(from_b, 1, 0))
+    last = tl.where(nd, 3, tl.where(nc, 2, 1))
     values = tl.reshape(
-        tl.join(tl.where(ka, a, tl.where(kb, b, c)), tl.where(kd, d, tl.where(kc, c, b))),
+        tl.join(tl.where(from_c, c, tl.where(from_b, b, a)), tl.where(nd, d, tl.where(nc, c, b))),
         [BLOCK // 2],
     )
     group, _, _, _ = split_group(offset, BLOCK)
@@ -73,7 +75,7 @@ def pack_2to4_triton(w: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         w: [..., K] contiguous, float32, bfloat16 or float16, K a multiple of 4; already 2:4 (not
-            checked: of a group with more non-zeros the two largest are kept).
+            checked: of a group with more non-zeros some are lost).
 
     Returns:
         values: [..., K/2] of w's dtype, bitwise those of w, in order of position.

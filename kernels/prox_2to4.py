@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group import join_group, prox_group, round_to, scalar, split_group
+from .group import join_group, prox_group, round_to, scalar, split_group, widen
 from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_width
 
 
@@ -19,7 +19,7 @@ def _prox_2to4_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), VECTOR), VECTOR)
     mask = tl.max_constancy(offset < tl.minimum(n - start, BLOCK).to(tl.int32), VECTOR)
-    z = tl.load(z_ptr + start + offset, mask, 0.0).to(tl.float32)
+    z = widen(tl.load(z_ptr + start + offset, mask, 0.0))
     a, b, c, d = split_group(z, BLOCK)
     a, b, c, d = prox_group(a, b, c, d, scalar(lam), True, STEPS)
     w = round_to(join_group(a, b, c, d, BLOCK), w_ptr.dtype.element_ty)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adam import adam, bias_corrections
-from .group import join_group, prox_group, reciprocal, round_to, scalar, split_group
+from .group import join_group, prox_group, reciprocal, round_to, scalar, split_group, widen
 from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_width
 from .rounding import random_bits, round_stochastic
 
@@ -48,21 +48,21 @@ def _prox_adamw_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), VECTOR), VECTOR)
     mask = tl.max_constancy(offset < tl.minimum(n - start, BLOCK).to(tl.int32), VECTOR)
-    grad = tl.load(grad_ptr + start + offset, mask, 0.0).to(tl.float32)
-    m = tl.load(m_ptr + start + offset, mask, 0.0).to(tl.float32)
-    v = tl.load(v_ptr + start + offset, mask, 0.0).to(tl.float32)
+    grad = widen(tl.load(grad_ptr + start + offset, mask, 0.0))
+    m = widen(tl.load(m_ptr + start + offset, mask, 0.0))
+    v = widen(tl.load(v_ptr + start + offset, mask, 0.0))
     if master_ptr is None:
-        p = tl.load(p_ptr + start + offset, mask, 0.0).to(tl.float32)
+        p = widen(tl.load(p_ptr + start + offset, mask, 0.0))
     else:
         p = tl.load(master_ptr + start + offset, mask, 0.0)
+    # Loaded before anything is stored: the compiler must not move a load across a store.
+    count, rate, strength = scalar(step), scalar(lr), scalar(lam)
 
     grad *= scalar(grad_scale)
     if w0_ptr is not None:
-        w0 = tl.load(w0_ptr + start + offset, mask, 0.0).to(tl.float32)
+        w0 = widen(tl.load(w0_ptr + start + offset, mask, 0.0))
         r = reciprocal(w0 + tl.where(w0 < 0, -reg_eps, reg_eps))
         grad += 2.0 * lam2 * (r * p * (p - w0)) * (r * (2.0 * p - w0))
-    count = scalar(step)
-    rate = scalar(lr)
     m_scale, v_scale = bias_corrections(count, log_beta1, log_beta2)
     m, v, direction = adam(grad, m, v, share1, share2, eps, v_scale)
     tl.store(m_ptr + start + offset, round_to(m, m_ptr.dtype.element_ty), mask)
@@ -70,7 +70,7 @@ def _prox_adamw_kernel(
 
     p = p * (1.0 - rate * weight_decay) - rate * m_scale * direction
     a, b, c, d = split_group(p, BLOCK)
-    a, b, c, d = prox_group(a, b, c, d, scalar(lam), True, STEPS)
+    a, b, c, d = prox_group(a, b, c, d, strength, True, STEPS)
     w = join_group(a, b, c, d, BLOCK)
     if master_ptr is not None:
         tl.store(master_ptr + start + offset, w, mask)

@@ -6,6 +6,7 @@ this file in a process of its own with TRITON_INTERPRET=1. Sizes are small: the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -187,6 +188,14 @@ def test_ties_keep_the_lower_index(group: tuple[float, ...]) -> None:
     assert torch.equal(project_2to4_triton(z), expected)
 
 
+@pytest.mark.parametrize("lam", [0.6, 0.8, 1.2])
+@pytest.mark.parametrize("group", [(0.9, 0.9, 0.5, 0.5), (0.8, 0.6, 0.6, 0.6), (0.7, 0.6, 0.6, 0)])
+def test_ties_keep_the_lower_index_of_the_third_entry(group: tuple[float, ...], lam: float) -> None:
+    z = torch.tensor([*itertools.permutations(group)], device=DEVICE)
+    expected = reference.prox_2to4(z.double(), lam)
+    torch.testing.assert_close(prox_2to4_triton(z, lam).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 8)])
 def test_exact_ops_are_the_references(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -204,6 +213,16 @@ def test_exact_ops_are_the_references(shape: tuple[int, ...], dtype: torch.dtype
     assert same_bits(unpack_2to4_triton(values, codes), projected)
     assert is_2to4_triton(projected)
     assert torch.equal(is_2to4_triton(w), reference.is_2to4(w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_of_every_kind_of_group(dtype: torch.dtype) -> None:
+    entries = (0.0, -0.0, 1.0, -2.0, math.inf, math.nan)
+    groups = [g for g in itertools.product(entries, repeat=4) if sum(x != 0 for x in g) <= 2]
+    w = torch.tensor(groups, dtype=dtype, device=DEVICE).view(1, -1)
+    values, codes = pack_2to4_triton(w)
+    expected_values, expected_codes = reference.pack_2to4(w)
+    assert same_bits(values, expected_values) and torch.equal(codes, expected_codes)
 
 
 def test_nan_counts_as_the_largest() -> None:
