@@ -9,7 +9,8 @@ place, so that dense and sparse compute the same. Both run on the same stack: tr
 attention, and for decoding `proxsparse.generation.Decoder`, on a GPU as a CUDA graph. With
 `--compile` torch.compile fuses small kernels in both: of a decode step as a whole, of a prompt in
 each decoder block, because what is decided before the blocks, as that no mask is needed, is decided
-differently while all of it is traced. A decode step cannot be faster than its weights and its cache
+differently while all of it is traced. Reading prompts takes a GPU to its power limit, which lowers
+its clocks: they are given time to settle before anything is timed. A decode step cannot be faster than its weights and its cache
 can be read, dense or packed; these limits are printed beside what was measured. The sparse model's
 logits are compared first, without torch.compile; the yardstick is how far the dense model's logits
 move when a second sequence joins the batch.
@@ -25,7 +26,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from proxsparse.targets import find_targets
 
 PROMPT = 128  # tokens read before decoding is timed
 LOGITS_KEPT = 64  # positions compared, at most
+SETTLE_SECONDS = 2.0  # of reading prompts, until the clocks of a GPU are what they stay at
 WRONG_FROM = 0.1  # rounding moves logits by some hundredths, a wrong product by about 1
 
 
@@ -137,8 +139,13 @@ def measure(
     """Times prompt and decoding of the model as it is; a row for each."""
     device, rounds, steps = model.device, args.rounds, args.steps
     x = random_tokens(model, 1, args.tokens)
+
+    def read() -> None:
+        last_logits(model, x)
+
     with compiled(blocks if args.compile else ()):
-        (seconds,) = time_interleaved([lambda: last_logits(model, x)], lambda: None, device, rounds)
+        settle(read, device)
+        (seconds,) = time_interleaved([read], lambda: None, device, 4 * rounds)
     mode = "compiled" if args.compile else "eager"
     rows = [row_of("prefill", 1, kind, mode, args.tokens, seconds, None)]
     weights = bytes_read(model)
@@ -161,6 +168,15 @@ def measure(
         tokens = batch * steps
         rows.append(row_of("decode", batch, kind, decoder.mode, tokens, seconds, steps * limit))
     return rows
+
+
+def settle(run: Callable[[], None], device: torch.device) -> None:
+    """Runs until the clocks of a GPU can be taken for settled."""
+    run()
+    began = time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() - began < SETTLE_SECONDS:
+        run()
+        torch.cuda.synchronize()
 
 
 def row_of(

@@ -19,7 +19,7 @@ from bench_prox_adamw import UPDATE as PROX_ADAMW
 from fused_update import DTYPES, LAMBDAS, MEASURED
 from harness import copy_bandwidth, time_interleaved
 
-TILES = ((1024, 4), (2048, 4), (2048, 8), (512, 4), (4096, 8))
+TILES = ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4))
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
             num_bytes = update.num_bytes(size, dtype, states)
             for lam in LAMBDAS:
                 shares = []
-                for kernel.BLOCK, kernel.NUM_WARPS in TILES:
+                for kernel.SOLVER_BLOCK, kernel.SOLVER_NUM_WARPS in TILES:
                     (seconds,) = time_interleaved(
                         [lambda: update.run("triton", tensors, lam)],  # noqa: B023
                         lambda: tensors[0].copy_(start),  # noqa: B023

@@ -26,7 +26,14 @@ from .group import (
     square_root,
     widen,
 )
-from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_width
+from .launch import (
+    SOLVER_BLOCK,
+    SOLVER_NUM_WARPS,
+    by_value,
+    on_device,
+    solver_steps,
+    vector_width,
+)
 from .rounding import QUANTUM_BLOCK, dequantize, quantize, random_bits, uniform
 
 
@@ -186,7 +193,7 @@ def gate_update_triton(
         return
     n, k = s.shape[-2] * s.shape[-1], s.shape[-1]
     with on_device(s):
-        _gate_update_kernel[(triton.cdiv(n, BLOCK), s.numel() // n)](
+        _gate_update_kernel[(triton.cdiv(n, SOLVER_BLOCK), s.numel() // n)](
             s,
             grad,
             w0,
@@ -208,9 +215,9 @@ def gate_update_triton(
             n,
             k,
             hard,
-            k >= BLOCK,
+            k >= SOLVER_BLOCK,
             solver_steps(s) if scales is None else 2,
             vector_width(n, s, grad, w0, m, v, out),
-            BLOCK,
-            num_warps=NUM_WARPS,
+            SOLVER_BLOCK,
+            num_warps=SOLVER_NUM_WARPS,
         )

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from .adam import adam, bias_corrections
 from .group import join_group, prox_group, reciprocal, round_to, scalar, split_group, widen
-from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_width
+from .launch import (
+    SOLVER_BLOCK,
+    SOLVER_NUM_WARPS,
+    by_value,
+    on_device,
+    solver_steps,
+    vector_width,
+)
 from .rounding import random_bits, round_stochastic
 
 
@@ -135,7 +142,7 @@ def prox_adamw_triton(
         return
     frozen = w0 if lam2 != 0 else None
     with on_device(p):
-        _prox_adamw_kernel[(triton.cdiv(n, BLOCK),)](
+        _prox_adamw_kernel[(triton.cdiv(n, SOLVER_BLOCK),)](
             p,
             grad,
             m,
@@ -158,6 +165,6 @@ def prox_adamw_triton(
             n,
             solver_steps(p if master is None else master),
             vector_width(n, p, grad, m, v, frozen, master),
-            BLOCK,
-            num_warps=NUM_WARPS,
+            SOLVER_BLOCK,
+            num_warps=SOLVER_NUM_WARPS,
         )

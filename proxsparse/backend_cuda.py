@@ -433,8 +433,8 @@ class Decode:
         x, values, codes = _aligned(x), _aligned(values), _aligned(codes)
         out = x.new_empty(*x.shape[:-1], self._n)
         _cuda.sparse_linear_decode(
-            *(self._code, x.numel() // self._k, self._n, self._k, x.data_ptr(), self._k),
-            *(values.data_ptr(), codes.data_ptr()),
+            *(self._code, x.numel() // self._k, self._k, x.data_ptr(), self._k),
+            *(self._n, values.data_ptr(), codes.data_ptr()),
             *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
             *(*self._layout, is_settled, _stream(self._device)),
         )

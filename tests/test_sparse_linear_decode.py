@@ -280,6 +280,20 @@ def test_refuses_what_it_cannot(
         emulate(x, values, codes, device=BLACKWELL)
 
 
+def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = pytest.importorskip("proxsparse.backend_cuda", reason="the extension was not built")
+    if not backend._cuda.has_decode:
+        pytest.skip("the extension was built without its CUDA kernels")
+    monkeypatch.setattr(backend, "_stream", lambda _: 0)
+    x, _, values, codes = make(3, 48, 96, torch.bfloat16)
+    _, _, *others = make(3, 80, 96, torch.bfloat16)
+    said = r"W \[48, 96\]{} and 3 tokens: in_features must be a multiple of 64"
+    with pytest.raises(RuntimeError, match=said.format("")):
+        backend.Decode((0, 0, 0), 0, torch.bfloat16, 48, 96)(x, values, codes, None)
+    with pytest.raises(RuntimeError, match=said.format(r", \[80, 96\]")):
+        backend._decode_together(x, [(values, codes, None), (*others, None)])
+
+
 def test_hopper_refuses_more_than_it_was_made_for(emulate: Callable[..., Tensor]) -> None:
     x, _, values, codes = make(257, 16, 64, torch.bfloat16)
     with pytest.raises(AssertionError, match="1 to 256 tokens"):

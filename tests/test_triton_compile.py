@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proxsparse.kernels.launch import BLOCK, NUM_WARPS, SOLVER_BLOCK, SOLVER_NUM_WARPS
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -24,9 +25,9 @@ pytestmark = pytest.mark.skipif(
 TARGETS = (80, 90, 100)
 INTEGERS = ("n", "K", "M", "N", "num_bytes")  # multiples of 16 here
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-UPDATE = {"STEPS": 2, "VECTOR": 8, "BLOCK": 1024}
-MIXED = {"STEPS": 3, "VECTOR": 4, "BLOCK": 1024}
-EXACT = {"VECTOR": 8, "BLOCK": 1024}
+UPDATE = {"STEPS": 2, "VECTOR": 8, "BLOCK": SOLVER_BLOCK}
+MIXED = {"STEPS": 3, "VECTOR": 4, "BLOCK": SOLVER_BLOCK}
+EXACT = {"VECTOR": 8, "BLOCK": BLOCK}
 
 
 def variant(
@@ -80,11 +81,11 @@ VARIANTS = (
     variant("project_2to4", "w:i16 out:i16", EXACT | {"score_ptr": None}, (1, 1)),
     variant("mask_2to4", "score:i16 out:u8", EXACT, (1, 0)),
     variant("is_2to4", "w:i16 result:u8", EXACT, (1, 0)),
-    variant("pack_2to4", "w:i16 values:i16 codes:u8", {"PADDED": False, "BLOCK": 1024}, (1, 0)),
+    variant("pack_2to4", "w:i16 values:i16 codes:u8", {"PADDED": False, "BLOCK": BLOCK}, (1, 0)),
     variant(
         "unpack_2to4",
         "values:i16 codes:u8 out:i16",
-        {"PADDED": False, "TILED": False, "BLOCK": 1024},
+        {"PADDED": False, "TILED": False, "BLOCK": BLOCK},
         (0, 1),
     ),
 )
@@ -116,7 +117,8 @@ def compile_kernel(
         fn=kernel, signature=signature, constexprs=constants, attrs=aligned
     )
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": 4})
+    num_warps = SOLVER_NUM_WARPS if "STEPS" in constants else NUM_WARPS
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
 
 
 @pytest.mark.parametrize("capability", TARGETS)
@@ -138,6 +140,8 @@ def test_compiled_kernel(
         for access in ("ld", "st")
     )
     assert (loads, stores) == wide
+    if "STEPS" in constants:
+        assert "bar.sync" not in compiled.asm["ptx"]  # warps need not wait for each other
 
     assert stack_bytes(compiled, tmp_path) == 0
 
