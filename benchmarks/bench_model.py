@@ -10,10 +10,10 @@ attention, and for decoding `proxsparse.generation.Decoder`, on a GPU as a CUDA 
 `--compile` torch.compile fuses small kernels in both: of a decode step as a whole, of a prompt in
 each decoder block, because what is decided before the blocks, as that no mask is needed, is decided
 differently while all of it is traced. Reading prompts takes a GPU to its power limit, which lowers
-its clocks: they are given time to settle before anything is timed. A decode step cannot be faster than its weights and its cache
-can be read, dense or packed; these limits are printed beside what was measured. The sparse model's
-logits are compared first, without torch.compile; the yardstick is how far the dense model's logits
-move when a second sequence joins the batch.
+its clocks: they are given time to settle before a prompt is timed. A decode step cannot be faster
+than its weights and its cache can be read, dense or packed; these limits are printed beside what
+was measured. The sparse model's logits are compared first, without torch.compile; the yardstick is
+how far the dense model's logits move when a second sequence joins the batch.
 """
 
 from __future__ import annotations
