@@ -40,7 +40,7 @@ def main() -> None:
             num_bytes = update.num_bytes(size, dtype, states)
             for lam in LAMBDAS:
                 shares = []
-                for kernel.SOLVER_BLOCK, kernel.SOLVER_NUM_WARPS in TILES:
+                for kernel.UPDATE_BLOCK, kernel.UPDATE_NUM_WARPS in TILES:
                     (seconds,) = time_interleaved(
                         [lambda: update.run("triton", tensors, lam)],  # noqa: B023
                         lambda: tensors[0].copy_(start),  # noqa: B023

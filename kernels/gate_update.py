@@ -27,8 +27,8 @@ from .group import (
     widen,
 )
 from .launch import (
-    SOLVER_BLOCK,
-    SOLVER_NUM_WARPS,
+    UPDATE_BLOCK,
+    UPDATE_NUM_WARPS,
     by_value,
     on_device,
     solver_steps,
@@ -193,7 +193,7 @@ def gate_update_triton(
         return
     n, k = s.shape[-2] * s.shape[-1], s.shape[-1]
     with on_device(s):
-        _gate_update_kernel[(triton.cdiv(n, SOLVER_BLOCK), s.numel() // n)](
+        _gate_update_kernel[(triton.cdiv(n, UPDATE_BLOCK), s.numel() // n)](
             s,
             grad,
             w0,
@@ -215,9 +215,9 @@ def gate_update_triton(
             n,
             k,
             hard,
-            k >= SOLVER_BLOCK,
+            k >= UPDATE_BLOCK,
             solver_steps(s) if scales is None else 2,
             vector_width(n, s, grad, w0, m, v, out),
-            SOLVER_BLOCK,
-            num_warps=SOLVER_NUM_WARPS,
+            UPDATE_BLOCK,
+            num_warps=UPDATE_NUM_WARPS,
         )

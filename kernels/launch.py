@@ -10,10 +10,11 @@ from torch import Tensor
 # Eight elements a thread: two groups, enough independent work to cover the latency of the solver.
 BLOCK = 1024
 NUM_WARPS = 4
-# Of kernels with the solver, whose tiles agree on how to solve: a warp does that without waiting
-# for another, and need not go the long way for its sake.
-SOLVER_BLOCK = 256
-SOLVER_NUM_WARPS = 1
+# Of the fused updates, whose tiles agree on how to solve: a warp does that without waiting for
+# others, and seldom goes the long way for their sake. They move enough bytes to be worth a block of
+# one warp; `prox_2to4` does not.
+UPDATE_BLOCK = 256
+UPDATE_NUM_WARPS = 1
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

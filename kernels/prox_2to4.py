@@ -8,14 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .group import join_group, prox_group, round_to, scalar, split_group, widen
-from .launch import (
-    SOLVER_BLOCK,
-    SOLVER_NUM_WARPS,
-    by_value,
-    on_device,
-    solver_steps,
-    vector_width,
-)
+from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_width
 
 
 @triton.jit
@@ -49,14 +42,14 @@ def prox_2to4_triton(z: Tensor, lam: float | Tensor) -> Tensor:
     n = z.numel()
     if n:
         with on_device(z):
-            _prox_2to4_kernel[(triton.cdiv(n, SOLVER_BLOCK),)](
+            _prox_2to4_kernel[(triton.cdiv(n, BLOCK),)](
                 z,
                 w,
                 by_value(lam),
                 n,
                 solver_steps(z),
                 vector_width(n, z),
-                SOLVER_BLOCK,
-                num_warps=SOLVER_NUM_WARPS,
+                BLOCK,
+                num_warps=NUM_WARPS,
             )
     return w

@@ -11,8 +11,8 @@ from torch import Tensor
 from .adam import adam, bias_corrections
 from .group import join_group, prox_group, reciprocal, round_to, scalar, split_group, widen
 from .launch import (
-    SOLVER_BLOCK,
-    SOLVER_NUM_WARPS,
+    UPDATE_BLOCK,
+    UPDATE_NUM_WARPS,
     by_value,
     on_device,
     solver_steps,
@@ -142,7 +142,7 @@ def prox_adamw_triton(
         return
     frozen = w0 if lam2 != 0 else None
     with on_device(p):
-        _prox_adamw_kernel[(triton.cdiv(n, SOLVER_BLOCK),)](
+        _prox_adamw_kernel[(triton.cdiv(n, UPDATE_BLOCK),)](
             p,
             grad,
             m,
@@ -165,6 +165,6 @@ def prox_adamw_triton(
             n,
             solver_steps(p if master is None else master),
             vector_width(n, p, grad, m, v, frozen, master),
-            SOLVER_BLOCK,
-            num_warps=SOLVER_NUM_WARPS,
+            UPDATE_BLOCK,
+            num_warps=UPDATE_NUM_WARPS,
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxsparse.kernels.launch import BLOCK, NUM_WARPS, SOLVER_BLOCK, SOLVER_NUM_WARPS
+from proxsparse.kernels.launch import BLOCK, NUM_WARPS, UPDATE_BLOCK, UPDATE_NUM_WARPS
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 TARGETS = (80, 90, 100)
 INTEGERS = ("n", "K", "M", "N", "num_bytes")  # multiples of 16 here
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-UPDATE = {"STEPS": 2, "VECTOR": 8, "BLOCK": SOLVER_BLOCK}
-MIXED = {"STEPS": 3, "VECTOR": 4, "BLOCK": SOLVER_BLOCK}
+UPDATE = {"STEPS": 2, "VECTOR": 8, "BLOCK": UPDATE_BLOCK}
+MIXED = {"STEPS": 3, "VECTOR": 4, "BLOCK": UPDATE_BLOCK}
 EXACT = {"VECTOR": 8, "BLOCK": BLOCK}
 
 
@@ -47,8 +47,8 @@ def variant(
 ADAMW = {"w0_ptr": None, "master_ptr": None, "seed": None}
 GATE = {"ROW_SPANS_TILE": True, "scales_ptr": None}
 VARIANTS = (
-    variant("prox_2to4", "z:bf16 w:bf16", UPDATE, (1, 1)),
-    variant("prox_2to4", "z:fp32 w:fp32", MIXED, (2, 2)),
+    variant("prox_2to4", "z:bf16 w:bf16", UPDATE | {"BLOCK": BLOCK}, (1, 1)),
+    variant("prox_2to4", "z:fp32 w:fp32", MIXED | {"BLOCK": BLOCK}, (2, 2)),
     variant("prox_adamw", "p:bf16 grad:bf16 m:bf16 v:bf16", UPDATE | ADAMW, (4, 3)),
     variant("prox_adamw", "p:bf16 grad:bf16 m:fp32 v:fp32", MIXED | ADAMW, (4, 4)),
     variant("prox_adamw", "p:fp32 grad:fp32 m:fp32 v:fp32", MIXED | ADAMW, (8, 6)),
@@ -117,7 +117,7 @@ def compile_kernel(
         fn=kernel, signature=signature, constexprs=constants, attrs=aligned
     )
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    num_warps = SOLVER_NUM_WARPS if "STEPS" in constants else NUM_WARPS
+    num_warps = UPDATE_NUM_WARPS if constants.get("BLOCK") == UPDATE_BLOCK else NUM_WARPS
     return triton.compile(source, target=target, options={"num_warps": num_warps})
 
 
@@ -140,7 +140,7 @@ def test_compiled_kernel(
         for access in ("ld", "st")
     )
     assert (loads, stores) == wide
-    if "STEPS" in constants:
+    if constants["BLOCK"] == UPDATE_BLOCK:
         assert "bar.sync" not in compiled.asm["ptx"]  # warps need not wait for each other
 
     assert stack_bytes(compiled, tmp_path) == 0

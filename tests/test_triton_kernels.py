@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from proxsparse.kernels.gate_project import gate_project_triton
 from proxsparse.kernels.gate_update import gate_update_triton
 from proxsparse.kernels.is_2to4 import is_2to4_triton
-from proxsparse.kernels.launch import SOLVER_BLOCK, SOLVER_NUM_WARPS
+from proxsparse.kernels.launch import BLOCK, NUM_WARPS
 from proxsparse.kernels.mask_2to4 import mask_2to4_triton
 from proxsparse.kernels.pack_2to4 import pack_2to4_triton
 from proxsparse.kernels.project_2to4 import project_2to4_triton
@@ -89,7 +89,7 @@ def descend(z: Tensor, lam: float) -> Tensor:
 def families() -> dict[str, Tensor]:
     """Groups in units of 1/lam, [G, 4] float32, around everything that can go wrong."""
     generator = torch.Generator().manual_seed(0)
-    count = 2 * SOLVER_BLOCK // 4
+    count = 2 * BLOCK // 4
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -135,10 +135,8 @@ def test_prox_objective_is_as_low_as_float64s(family: str, lam: float) -> None:
     )
     for steps, bound in ((3, 1e-6), (2, 4e-5)):
         w = torch.full_like(z, math.nan)
-        grid = (math.ceil(z.numel() / SOLVER_BLOCK),)
-        _prox_2to4_kernel[grid](
-            *(z, w, lam, z.numel(), steps, 4, SOLVER_BLOCK), num_warps=SOLVER_NUM_WARPS
-        )
+        grid = (math.ceil(z.numel() / BLOCK),)
+        _prox_2to4_kernel[grid](*(z, w, lam, z.numel(), steps, 4, BLOCK), num_warps=NUM_WARPS)
         # An objective far below |z|^2 is the difference of large numbers: fp32 cannot resolve it.
         excess = objective(w.cpu(), exact, lam) - best
         allowed = bound * best + 1e-12 * exact.square().sum(-1)
