@@ -1,19 +1,20 @@
 """A whole model, dense and then sparse: reading a prompt, decoding, memory, conversion, logits.
 
     python benchmarks/bench_model.py [--memory min|fast] [--batches B ...] [--tokens M]
-        [--compile] [--tune-seconds S] [--config FILE] [--out DIR]
+        [--no-compile] [--tune-seconds S] [--config FILE] [--out DIR]
     python benchmarks/bench_model.py --tiny        # the same on a toy, anywhere
 
 The model has Llama-3.1-8B's shape and random weights, made on the device and projected to 2:4 in
 place, so that dense and sparse compute the same. Both run on the same stack: transformers, its sdpa
-attention, and for decoding `proxsparse.generation.Decoder`, on a GPU as a CUDA graph. With
-`--compile` torch.compile fuses small kernels in both: of a decode step as a whole, of a prompt in
-each decoder block, because what is decided before the blocks, as that no mask is needed, is decided
-differently while all of it is traced. Reading prompts takes a GPU to its power limit, which lowers
-its clocks: they are given time to settle before a prompt is timed. A decode step cannot be faster
-than its weights and its cache can be read, dense or packed; these limits are printed beside what
-was measured. The sparse model's logits are compared first, without torch.compile; the yardstick is
-how far the dense model's logits move when a second sequence joins the batch.
+attention, and for decoding `proxsparse.generation.Decoder`, on a GPU as a CUDA graph. torch.compile
+fuses small kernels in both (in the sparse model also products of one input): of a decode step as a
+whole, of a prompt in each decoder block, because what is decided before the blocks, as that no mask
+is needed, is decided differently while all of it is traced. Reading prompts takes a GPU to its
+power limit, which lowers its clocks: they are given time to settle before a prompt is timed. A
+decode step cannot be faster than its weights and its cache can be read, dense or packed; these
+limits are printed beside what was measured. The sparse model's logits are compared first, without
+torch.compile; the yardstick is how far the dense model's logits move when a second sequence joins
+the batch.
 """
 
 from __future__ import annotations
@@ -282,7 +283,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="for decoding")
     parser.add_argument("--steps", type=int, default=64, help="decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="let torch.compile fuse")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether torch.compile fuses small kernels",
+    )
     parser.add_argument("--tune-seconds", type=float, default=300, help="0: no tuning")
     parser.add_argument("--config", type=Path, help="config.json of another causal LM")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
@@ -360,7 +366,7 @@ def main() -> None:
         "rows": rows,
     }
     out, name = args.out or results_directory(), "model_tiny" if args.tiny else "model"
-    name += "_compiled" if args.compile else ""
+    name += "" if args.compile else "_eager"
     out.mkdir(parents=True, exist_ok=True)
     with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
