@@ -22,7 +22,13 @@ _op = torch.ops.proxsparse
 _PRODUCTS = (_op.sparse_linear, _op.sparse_linear.default)
 
 
-def compile_grouped(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+def compile_grouped(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
     """Compiles a traced graph as Inductor does, after `group_products_`.
 
     Where gradients are recorded the graph is left as it is.
@@ -30,16 +36,20 @@ def compile_grouped(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     Args:
         module: from torch.compile; changed in place.
         inputs: examples of its inputs.
+        mode: of torch.compile, such as "reduce-overhead".
+        options: of torch.compile: Inductor's settings.
 
     Returns:
         What runs in the graph's place.
     """
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     if not torch.is_grad_enabled():
         group_products_(module.graph)
         module.recompile()
-    return compile_fx(module, inputs)
+    settings = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    return compile_fx(module, inputs, config_patches=settings)
 
 
 def group_products_(graph: fx.Graph) -> int:

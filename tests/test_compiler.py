@@ -41,6 +41,18 @@ def sizes_of_groups(run: Callable[..., Any], *inputs: Any) -> tuple[Any, list[in
         return torch.compile(run, backend=backend, fullgraph=True)(*inputs), found
 
 
+def keep_modules(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """What Inductor gets from now on, and with which settings; it runs as it is."""
+    kept: list[tuple[Any, Any]] = []
+
+    def compile_fx(module: Any, _: Any, config_patches: Any) -> Any:
+        kept.append((module, config_patches))
+        return module
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return kept
+
+
 def test_products_of_one_input_become_one_call() -> None:
     q, k, v, out = sparse(16, 12, bias=True), sparse(16, 4), sparse(16, 4), sparse(4, 8)
 
@@ -83,10 +95,7 @@ def test_the_blocks_of_a_model(tiny_model: Callable[[str], Any]) -> None:
 
 
 def test_with_gradients_the_graph_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
-    monkeypatch.setattr(
-        "torch._inductor.compile_fx.compile_fx", lambda module, _: kept.append(module) or module
-    )
+    kept = keep_modules(monkeypatch)
     a, b = sparse(16, 8, bias=True), sparse(16, 8)
     x = torch.randn(3, 16)
     torch._dynamo.reset()
@@ -95,9 +104,15 @@ def test_with_gradients_the_graph_stays_as_it_is(monkeypatch: pytest.MonkeyPatch
     assert a.bias is not None and torch.equal(a.bias.grad, torch.full((8,), 3.0))
     with torch.no_grad():
         run(x)
-    counts = [sum(node.target is GROUP for node in module.graph.nodes) for module in kept]
+    counts = [sum(node.target is GROUP for node in module.graph.nodes) for module, _ in kept]
     assert counts == [0, 1]
 
 
-def test_torch_knows_the_backend_by_name() -> None:
-    assert "proxsparse" in torch._dynamo.list_backends()
+def test_torch_knows_the_backend_by_name_with_its_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = keep_modules(monkeypatch)
+    x = torch.randn(3)
+    for how in ({}, {"mode": "reduce-overhead"}, {"options": {"max_autotune": True}}):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(lambda x: 2 * x, backend="proxsparse", **how)(x), 2 * x)
+    settings = [settings for _, settings in kept]
+    assert settings == [{}, {"triton.cudagraphs": True}, {"max_autotune": True}]
