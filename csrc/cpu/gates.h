@@ -92,10 +92,12 @@ PROXSPARSE_INLINE void keep_two(const float* w0, const Lanes (&prior)[4], const 
     const float a = prior[0][i] * s[4 * i], b = prior[1][i] * s[4 * i + 1];
     const float c = prior[2][i] * s[4 * i + 2], d = prior[3][i] * s[4 * i + 3];
     const int ab = a >= b, ac = a >= c, ad = a >= d, bc = b >= c, bd = b >= d, cd = c >= d;
-    out[4 * i] = ab + ac + ad >= 2 ? w0[4 * i] : 0.0f;
-    out[4 * i + 1] = 1 - ab + bc + bd >= 2 ? w0[4 * i + 1] : 0.0f;
-    out[4 * i + 2] = 2 - ac - bc + cd >= 2 ? w0[4 * i + 2] : 0.0f;
-    out[4 * i + 3] = 3 - ad - bd - cd >= 2 ? w0[4 * i + 3] : 0.0f;
+    // Read in any case: a load under a condition would keep the loop from being vectorised.
+    const float w1 = w0[4 * i], w2 = w0[4 * i + 1], w3 = w0[4 * i + 2], w4 = w0[4 * i + 3];
+    out[4 * i] = ab + ac + ad >= 2 ? w1 : 0.0f;
+    out[4 * i + 1] = 1 - ab + bc + bd >= 2 ? w2 : 0.0f;
+    out[4 * i + 2] = 2 - ac - bc + cd >= 2 ? w3 : 0.0f;
+    out[4 * i + 3] = 3 - ad - bd - cd >= 2 ? w4 : 0.0f;
   }
 }
 
