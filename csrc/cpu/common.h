@@ -102,11 +102,11 @@ struct Operand {
     return buffer;
   }
 
-  // Asks for a tile ahead of its use, in the second cache: it is too early for the first.
-  PROXSPARSE_INLINE void prefetch(std::int64_t at) const {
+  // Asks for [at, at + n) ahead of its use, in the second cache: it is too early for the first.
+  PROXSPARSE_INLINE void prefetch(std::int64_t at, int n) const {
     const int itemsize = dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-    const char* tile = static_cast<const char*>(data) + at * itemsize;
-    for (int i = 0; i < kTile * itemsize; i += 64) __builtin_prefetch(tile + i, 0, 2);
+    const char* first = static_cast<const char*>(data) + at * itemsize;
+    for (int i = 0; i < n * itemsize; i += 64) __builtin_prefetch(first + i, 0, 2);
   }
 
   // Where to compute a full tile in place, or else `buffer`; `write` then finishes the job.

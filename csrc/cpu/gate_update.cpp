@@ -3,12 +3,17 @@
 
 namespace proxsparse {
 
+// Elements whose step and prior are computed, and whose successors are fetched, close together: the
+// first waits for the divider, the second for shuffles and the third for memory.
+constexpr int kBlock = 128;
+
 PROXSPARSE_CLONES static void gate_update_range(const GateCall& call, std::int64_t begin,
                                                 std::int64_t end) {
   const Prox prox(call.lam);
   const Adam adam(call.adam);
+  const Bounds bounds = call.bounds;
   alignas(64) float buffer_s[kTile], buffer_g[kTile], buffer_w0[kTile], buffer_m[kTile];
-  alignas(64) float buffer_v[kTile], buffer_norms[kTile], gate[kTile];
+  alignas(64) float buffer_v[kTile], buffer_norms[kTile], gate[kTile], importance[kTile];
   alignas(64) Lanes prior[4], z[4];
   for (std::int64_t at = begin; at < end; at += kTile) {
     const int n = static_cast<int>(end - at < kTile ? end - at : kTile);
@@ -21,21 +26,25 @@ PROXSPARSE_CLONES static void gate_update_range(const GateCall& call, std::int64
     float* new_m = call.m.target(at, n, buffer_m);
     float* new_v = call.v.target(at, n, buffer_v);
     const float* norms = read_norms(call, at, n, buffer_norms);
-    PROXSPARSE_SIMD
-    for (int i = 0; i < kTile; ++i) {
-      float moment1 = m[i], moment2 = v[i];
-      const float step = adam.update(g[i] * w0[i] * adam.grad_scale, moment1, moment2);
-      gate[i] = clip(s[i] - step);
-      new_m[i] = moment1, new_v[i] = moment2;
-    }
-    gate_prior(w0, norms, gate, prior, z);
-    // The solver leaves the memory idle.
-    if (at + kTile < end) {
-      call.s.prefetch(at + kTile), call.grad.prefetch(at + kTile), call.w0.prefetch(at + kTile);
-      call.m.prefetch(at + kTile), call.v.prefetch(at + kTile);
+    for (int i = 0; i < kTile; i += kBlock) {
+      PROXSPARSE_SIMD
+      for (int j = i; j < i + kBlock; ++j) {
+        float moment1 = m[j], moment2 = v[j];
+        const float step = adam.update(g[j] * w0[j] * adam.grad_scale, moment1, moment2);
+        gate[j] = bounds.clip(s[j] - step);
+        importance[j] = std::fabs(w0[j]) * norms[j];
+        new_m[j] = moment1, new_v[j] = moment2;
+      }
+      gate_prior(importance, gate, bounds, i / 4, (i + kBlock) / 4, prior, z);
+      if (at + kTile < end) {
+        const std::int64_t ahead = at + kTile + i;
+        call.s.prefetch(ahead, kBlock), call.grad.prefetch(ahead, kBlock);
+        call.w0.prefetch(ahead, kBlock);
+        call.m.prefetch(ahead, kBlock), call.v.prefetch(ahead, kBlock);
+      }
     }
     prox.solve(z);
-    gates_of(z, prior, new_s);
+    gates_of(z, prior, bounds, new_s);
     call.m.write(at, n, new_m);
     call.v.write(at, n, new_v);
     call.s.write(at, n, new_s);

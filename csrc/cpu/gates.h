@@ -9,7 +9,19 @@
 
 namespace proxsparse {
 
-constexpr float kPriorFloor = 1e-3f;  // reference.PRIOR_FLOOR
+// Kept in variables, so that each side of a clip is one instruction of x86: against a constant GCC
+// compares and blends. NaN passes through a clip.
+struct Bounds {
+  float lower = 0.0f, upper = 1.0f;  // of a gate
+  float floor = 1e-3f;               // of the prior, reference.PRIOR_FLOOR
+
+  PROXSPARSE_INLINE float clip(float gate) const {
+    const float above = lower > gate ? lower : gate;
+    return above > upper ? upper : above;
+  }
+
+  PROXSPARSE_INLINE float raise(float prior) const { return floor < prior ? prior : floor; }
+};
 
 struct GateCall {
   Operand s, grad, w0, m, v, act_norm, out;
@@ -17,6 +29,7 @@ struct GateCall {
   AdamStep adam;
   float lam;
   bool hard;
+  Bounds bounds = {};
 };
 
 // The norms [E, K] of elements [at, at + n) of gates [E, N, K]: where they lie if a row holds all
@@ -41,39 +54,33 @@ PROXSPARSE_INLINE const float* read_norms(const GateCall& call, std::int64_t at,
   return norms;
 }
 
-// NaN passes through.
-PROXSPARSE_INLINE float clip(float x) {
-  const float above = x < 0.0f ? 0.0f : x;
-  return above > 1.0f ? 1.0f : above;
-}
-
-PROXSPARSE_INLINE float floored(float prior) { return prior > kPriorFloor ? prior : kPriorFloor; }
-
-// |w0| * norm, scaled to RMS 1 in each group and floored (reference.gate_prior), and its product
-// with the gates: z, the point whose prox is taken.
-PROXSPARSE_INLINE void gate_prior(const float* w0, const float* norms, const float* gate,
-                                  Lanes (&prior)[4], Lanes (&z)[4]) {
+// In groups [begin, end): the prior, which is the importance |w0| * norm scaled to RMS 1 in each
+// group and floored (reference.gate_prior), and its product with the gates: z, the point whose prox
+// is taken.
+PROXSPARSE_INLINE void gate_prior(const float* importance, const float* gate, const Bounds& bounds,
+                                  int begin, int end, Lanes (&prior)[4], Lanes (&z)[4]) {
   PROXSPARSE_SIMD
-  for (int i = 0; i < kLanes; ++i) {
-    const float a = std::fabs(w0[4 * i]) * norms[4 * i];
-    const float b = std::fabs(w0[4 * i + 1]) * norms[4 * i + 1];
-    const float c = std::fabs(w0[4 * i + 2]) * norms[4 * i + 2];
-    const float d = std::fabs(w0[4 * i + 3]) * norms[4 * i + 3];
+  for (int i = begin; i < end; ++i) {
+    const float a = importance[4 * i], b = importance[4 * i + 1];
+    const float c = importance[4 * i + 2], d = importance[4 * i + 3];
     const float rms = std::sqrt(0.25f * (a * a + b * b + c * c + d * d));
     const float scale = rms > 0.0f ? 1.0f / rms : 0.0f;
-    prior[0][i] = floored(a * scale), prior[1][i] = floored(b * scale);
-    prior[2][i] = floored(c * scale), prior[3][i] = floored(d * scale);
+    prior[0][i] = bounds.raise(a * scale), prior[1][i] = bounds.raise(b * scale);
+    prior[2][i] = bounds.raise(c * scale), prior[3][i] = bounds.raise(d * scale);
     z[0][i] = prior[0][i] * gate[4 * i], z[1][i] = prior[1][i] * gate[4 * i + 1];
     z[2][i] = prior[2][i] * gate[4 * i + 2], z[3][i] = prior[3][i] * gate[4 * i + 3];
   }
 }
 
-// The gates of z: z / prior, clipped to [0, 1].
-PROXSPARSE_INLINE void gates_of(const Lanes (&z)[4], const Lanes (&prior)[4], float* gate) {
+// The gates of z: z / prior, clipped.
+PROXSPARSE_INLINE void gates_of(const Lanes (&z)[4], const Lanes (&prior)[4], const Bounds& bounds,
+                                float* gate) {
   PROXSPARSE_SIMD
   for (int i = 0; i < kLanes; ++i) {
-    gate[4 * i] = clip(z[0][i] / prior[0][i]), gate[4 * i + 1] = clip(z[1][i] / prior[1][i]);
-    gate[4 * i + 2] = clip(z[2][i] / prior[2][i]), gate[4 * i + 3] = clip(z[3][i] / prior[3][i]);
+    gate[4 * i] = bounds.clip(z[0][i] / prior[0][i]);
+    gate[4 * i + 1] = bounds.clip(z[1][i] / prior[1][i]);
+    gate[4 * i + 2] = bounds.clip(z[2][i] / prior[2][i]);
+    gate[4 * i + 3] = bounds.clip(z[3][i] / prior[3][i]);
   }
 }
 
@@ -85,10 +92,12 @@ PROXSPARSE_INLINE void keep_two(const float* w0, const Lanes (&prior)[4], const 
     const float a = prior[0][i] * s[4 * i], b = prior[1][i] * s[4 * i + 1];
     const float c = prior[2][i] * s[4 * i + 2], d = prior[3][i] * s[4 * i + 3];
     const int ab = a >= b, ac = a >= c, ad = a >= d, bc = b >= c, bd = b >= d, cd = c >= d;
-    out[4 * i] = ab + ac + ad >= 2 ? w0[4 * i] : 0.0f;
-    out[4 * i + 1] = 1 - ab + bc + bd >= 2 ? w0[4 * i + 1] : 0.0f;
-    out[4 * i + 2] = 2 - ac - bc + cd >= 2 ? w0[4 * i + 2] : 0.0f;
-    out[4 * i + 3] = 3 - ad - bd - cd >= 2 ? w0[4 * i + 3] : 0.0f;
+    // Read in any case: a load under a condition would keep the loop from being vectorised.
+    const float w1 = w0[4 * i], w2 = w0[4 * i + 1], w3 = w0[4 * i + 2], w4 = w0[4 * i + 3];
+    out[4 * i] = ab + ac + ad >= 2 ? w1 : 0.0f;
+    out[4 * i + 1] = 1 - ab + bc + bd >= 2 ? w2 : 0.0f;
+    out[4 * i + 2] = 2 - ac - bc + cd >= 2 ? w3 : 0.0f;
+    out[4 * i + 3] = 3 - ad - bd - cd >= 2 ? w4 : 0.0f;
   }
 }
 

@@ -23,7 +23,7 @@
 
 namespace proxsparse {
 
-constexpr int kChunk = 16;  // lanes of the dense candidate solved side by side
+constexpr int kChunk = 16;  // lanes of the dense candidate solved in one go
 constexpr int kThreeSteps = 9, kDenseSteps = 3;
 constexpr float kConverged = 1e-2f;    // relative Newton step; Halley's error is its cube
 constexpr float kArrived = 1e-2f;      // relative Newton step, the last allowed
@@ -128,16 +128,16 @@ class Prox {
       const float z3 = bits_to_float(m3), z4 = bits_to_float(m4);
       z[0][i] = z1, z[1][i] = z2, z[2][i] = z3, z[3][i] = z4;
 
-      // Where the 2-sparse candidate wins for its size, u is 0 and nothing below is cut.
-      const bool candidate = is_candidate(z1);
-      const float a = candidate ? lam_ * z1 : 0.0f, b = candidate ? lam_ * z2 : 0.0f;
-      const float c = candidate ? lam_ * z3 : 0.0f, d = candidate ? lam_ * z4 : 0.0f;
-      u[0][i] = a, u[1][i] = b, u[2][i] = c, u[3][i] = d;
-      const float surely2 = a * a + b * b < 1.0f ? a * b - c : -1.0f;
-      const float surely4 = d - (a * b + c * (a + b));
-      const std::int32_t unless4 = surely4 > 0.0f ? 0 : 1;
-      const std::int32_t needed = surely2 < 0.0f ? unless4 : 0;
+      const float a = lam_ * z1, b = lam_ * z2, c = lam_ * z3, d = lam_ * z4;
+      // Joined by & and |, as GCC would make paths of their own of && and of a chain of ?:.
+      const bool candidate = a < kLargestU1;
+      const bool unless2 = (a * b < c) | (a * a + b * b >= 1.0f);
+      const bool unless4 = d <= a * b + c * (a + b);
+      const bool needed = candidate & unless2 & unless4;
       const float start = start_three(a, b, c);
+      // Where the 2-sparse candidate wins for its size, u is 0 and nothing below is cut.
+      u[0][i] = candidate ? a : 0.0f, u[1][i] = candidate ? b : 0.0f;
+      u[2][i] = candidate ? c : 0.0f, u[3][i] = candidate ? d : 0.0f;
       needs3[i] = needed;
       x[2][i] = needed ? start : 0.0f;
       any3 |= needed;
@@ -150,26 +150,23 @@ class Prox {
       const float a = u[0][i], b = u[1][i], c = x[2][i];
       const float inverse = 1.0f / (1.0f - c * c);
       const float x1 = (a - c * b) * inverse, x2 = (b - c * a) * inverse;
-      const float third = x1 * x1 + x2 * x2 < 1.0f ? c : 0.0f;
-      const float first = third > 0.0f ? x1 : a, second = third > 0.0f ? x2 : b;
+      const bool wins = (c > 0.0f) & (x1 * x1 + x2 * x2 < 1.0f);
+      const float first = wins ? x1 : a, second = wins ? x2 : b, third = wins ? c : 0.0f;
       x[0][i] = first, x[1][i] = second, x[2][i] = third;
       const float pull = u[3][i] - (first * second + third * (first + second));
-      const std::int32_t jumps = a + b > 1.0f ? (pull > kJumpPull ? kJumps : 0) : 0;
-      const std::int32_t grows = is_candidate(z[0][i]) ? kGrows : 0;
-      dense[i] = pull >= 0.0f ? grows : jumps;
+      const bool grows = (pull >= 0.0f) & is_candidate(z[0][i]);
+      const bool jumps = (pull > kJumpPull) & (a + b > 1.0f);
+      dense[i] = grows ? kGrows : jumps ? kJumps : 0;
     }
     // Few lanes need the dense candidate, and it costs the most: they are solved side by side.
-    Chunk chunk;
+    Few few;
     for (int word = 0; word < kLanes; word += 32) {
       std::uint32_t bits = 0;
 #pragma omp simd reduction(| : bits)
       for (int i = 0; i < 32; ++i) bits |= dense[word + i] ? 1u << i : 0u;
-      for (; bits != 0; bits &= bits - 1) {
-        chunk.add(word + __builtin_ctz(bits), u, x, dense);
-        if (chunk.count == kChunk) chunk.solve(x, dense);
-      }
+      for (; bits != 0; bits &= bits - 1) few.add(word + __builtin_ctz(bits), u);
     }
-    if (chunk.count > 0) chunk.solve(x, dense);
+    few.solve(u, x, dense);
     finish(order, u, x, dense, z);
   }
 
@@ -234,27 +231,44 @@ class Prox {
     for (int i = 0; i < kLanes; ++i) t[i] = active[i] ? 0.0f : t[i];
   }
 
-  // The dense candidate of up to kChunk lanes: where it wins, it replaces x, and elsewhere the
-  // `dense` flag is taken back. Newton on the pair sums s = x1 + x2 and q = x3 + x4. The start
-  // keeps s <= 1 - 0.18*(u3 + u4); from there every winner is reached in kDenseSteps without
-  // leaving the set where the Hessian is positive (tested). Lanes that leave it, or whose last step
-  // is not small, do not win; lanes that can only win by a jump do where their objective is lower.
-  struct Chunk {
+  // The dense candidate of a few lanes: where it wins, it replaces x, and elsewhere the `dense`
+  // flag is taken back. Newton on the pair sums s = x1 + x2 and q = x3 + x4. The start keeps
+  // s + 0.18*(u3 + u4) below 1; from there every winner is reached in kDenseSteps without leaving
+  // the set where the Hessian is positive (tested). Lanes that leave it, or whose last step is not
+  // small, do not win; lanes that can only win by a jump do where their objective is lower.
+  struct Few {
     int count = 0;
-    int lanes[kChunk];
-    alignas(64) float v[4][kChunk] = {}, sparser[3][kChunk] = {}, jump[kChunk] = {}, wins[kChunk];
+    int lanes[kLanes];
+    alignas(64) Lanes v[4], margin;  // u, then x
 
-    PROXSPARSE_INLINE void add(int lane, const Lanes (&u)[4], const Lanes (&x)[3],
-                               const Flags& dense) {
+    PROXSPARSE_INLINE void add(int lane, const Lanes (&u)[4]) {
       for (int entry = 0; entry < 4; ++entry) v[entry][count] = u[entry][lane];
-      for (int entry = 0; entry < 3; ++entry) sparser[entry][count] = x[entry][lane];
-      jump[count] = dense[lane] == kJumps ? 1.0f : 0.0f;
       lanes[count++] = lane;
     }
 
-    PROXSPARSE_INLINE void solve(Lanes (&x)[3], Flags& dense) {
+    PROXSPARSE_INLINE void solve(const Lanes (&u)[4], Lanes (&x)[3], Flags& dense) {
+      for (int i = count; i % kChunk != 0; ++i) v[0][i] = v[1][i] = v[2][i] = v[3][i] = 0.0f;
+      for (int begin = 0; begin < count; begin += kChunk) solve_chunk(begin);
+      for (int i = 0; i < count; ++i) {
+        const int lane = lanes[i];
+        const float x1 = v[0][i], x2 = v[1][i], x3 = v[2][i], x4 = v[3][i];
+        bool wins = margin[i] > 0.0f;
+        if (wins && dense[lane] == kJumps) {
+          const float u1 = u[0][lane], u2 = u[1][lane], u3 = u[2][lane], u4 = u[3][lane];
+          wins = x4 > 0.0f && gain(x1, x2, x3, x4, u1, u2, u3, u4) <
+                                  gain(x[0][lane], x[1][lane], x[2][lane], 0.0f, u1, u2, u3, u4);
+        }
+        if (wins) {
+          x[0][lane] = x1, x[1][lane] = x2, x[2][lane] = x3;
+        } else {
+          dense[lane] = 0;
+        }
+      }
+    }
+
+    PROXSPARSE_INLINE void solve_chunk(int begin) {
       PROXSPARSE_SIMD
-      for (int i = 0; i < kChunk; ++i) {
+      for (int i = begin; i < begin + kChunk; ++i) {
         const float u1 = v[0][i], u2 = v[1][i], u3 = v[2][i], u4 = v[3][i];
         const float a = u1 + u2, b = u1 - u2, c = u3 + u4, e = u3 - u4;
         const float bound = 1.0f - 0.18f * c;
@@ -262,7 +276,7 @@ class Prox {
         float q = positive((c - 0.5f * (first * first - b * b)) / (1.0f + first));
         const float second = (a - 0.5f * q * q) / (1.0f + q);
         float s = second < bound ? second : bound;
-        float margin = 1.0f, change = 0.0f;
+        float inside = 1.0f, change = 0.0f;
 #pragma GCC unroll 3
         for (int step = 0; step < kDenseSteps; ++step) {
           const float one_s = 1.0f - s, one_q = 1.0f - q;
@@ -280,31 +294,16 @@ class Prox {
           const float step_q = (h_s * f_q - cross * f_s) * over_det;
           s -= step_s, q -= step_q;
           const float least = one_s < h_s ? one_s : h_s;
-          margin = least < det ? least : det;
+          inside = least < det ? least : det;
           change = std::fabs(step_s) + std::fabs(step_q);
         }
         const float inverse = 1.0f / ((1.0f - s) * (1.0f - q));
         const float gap12 = b * inverse * (1.0f - s), gap34 = e * inverse * (1.0f - q);
         // Rounding must not leave a negative entry: its product would be added to the others.
-        const float x1 = positive(0.5f * (s + gap12)), x2 = positive(0.5f * (s - gap12));
-        const float x3 = positive(0.5f * (q + gap34)), x4 = positive(0.5f * (q - gap34));
-        const float rival1 = sparser[0][i], rival2 = sparser[1][i], rival3 = sparser[2][i];
-        const float difference = gain(x1, x2, x3, x4, u1, u2, u3, u4) -
-                                 gain(rival1, rival2, rival3, 0.0f, u1, u2, u3, u4);
-        const float better = jump[i] > 0.0f ? (x4 > 0.0f ? -difference : 0.0f) : 1.0f;
-        const float arrived = change <= kArrived * s ? better : 0.0f;
-        const float win = margin > 0.0f ? arrived : 0.0f;
-        wins[i] = win;
-        v[0][i] = win > 0.0f ? x1 : rival1;
-        v[1][i] = win > 0.0f ? x2 : rival2;
-        v[2][i] = win > 0.0f ? x3 : rival3;
+        v[0][i] = positive(0.5f * (s + gap12)), v[1][i] = positive(0.5f * (s - gap12));
+        v[2][i] = positive(0.5f * (q + gap34)), v[3][i] = positive(0.5f * (q - gap34));
+        margin[i] = change <= kArrived * s ? inside : 0.0f;
       }
-      for (int i = 0; i < count; ++i) {
-        const int lane = lanes[i];
-        x[0][lane] = v[0][i], x[1][lane] = v[1][i], x[2][lane] = v[2][i];
-        dense[lane] = wins[i] > 0.0f ? dense[lane] : 0;
-      }
-      count = 0;
     }
   };
 
