@@ -17,7 +17,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulator/*)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulator/* benchmarks/*.cu)
 
 # The editable install is repeated when what it depends on has changed.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES) | $(BIN)/python
