@@ -41,7 +41,7 @@ struct Shape {
   // at the chunks.
   static constexpr int kColumnGroups = rows == 64 ? kWarpgroups : 1;
   static constexpr int kRowTiles = rows == 64 ? 1 : rows / (64 * kWarpgroups);
-  static constexpr int kReaders = 4 * kWarpgroups / kColumnGroups;  // warps, of a chunk
+  static constexpr int kReaders = kMultipliers / kColumnGroups;  // threads, of a chunk
   static constexpr int kTokensAt = rows * kTileRowBytes;
   static constexpr int kTokenTile = tokens * kTileRowBytes;  // 64 columns
   static constexpr int kCodesAt = kTokensAt + kSteps * kTokenTile;
@@ -198,8 +198,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) keep(metadata[tile][step]);
       }
-      __syncwarp();  // all of them have read their codes
-      if (lane == 0) arrive(read + turn.stage);
+      arrive(read + turn.stage);
       turn.advance(S::kColumnGroups, stages);
     }
   }
