@@ -179,37 +179,35 @@ def sparse_linear_cuda(
         return run(x, values, codes, bias, compressed, dense)
 
 
-def sparse_linear_group_cuda(
-    x: Tensor,
-    values: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    compressed: Sequence[Tensor | None],
-    dense: Sequence[Tensor | None],
-) -> list[Tensor]:
+def sparse_linear_group_cuda(x: Tensor, *forms: Sequence[Any]) -> list[Tensor]:
     """See `reference.sparse_linear_group`; what is left to the kernel for few tokens is one launch.
+
+    Args:
+        x: [..., K], as in `sparse_linear_cuda`.
+        *forms: of each weight values, codes, bias, compressed and dense.
 
     Raises:
         ProxsparseError: dtypes or devices do not agree.
         RuntimeError: a launch failed; its text and the shapes are named.
     """
-    weights = list(zip(values, codes, bias, compressed, dense, strict=True))
+    weights = list(zip(*forms, strict=True))
     most = _cuda.MAX_DECODE_WEIGHTS if _cuda.has_decode else 1
     results: list[Tensor] = []
     with torch.cuda.device(x.device):
         for first in range(0, len(weights), most):
             together = weights[first : first + most]
             if _share_a_launch(x, together):
-                results += _decode_together(x, [forms[:3] for forms in together])
+                results += _decode_together(x, [weight[:3] for weight in together])
             else:
-                results += [sparse_linear_cuda(x, *forms) for forms in together]
+                results += [sparse_linear_cuda(x, *weight) for weight in together]
     return results
 
 
 def _share_a_launch(x: Tensor, weights: Sequence[tuple[Any, ...]]) -> bool:
-    """Whether each of these products would run on our kernel for few tokens, from tiles."""
+    """Whether each product would run on our kernel for few tokens, on the weight as it lies."""
     is_plain = x.numel() > 0 and all(
-        values.numel() and codes.dim() == 3 for values, codes, *_ in weights
+        values.numel() and codes.dim() == 3 and _is_aligned(values) and _is_aligned(codes)
+        for values, codes, *_ in weights
     )
     return is_plain and all(isinstance(find_run(x, *forms), Decode) for forms in weights)
 
@@ -219,12 +217,11 @@ def _decode_together(
 ) -> list[Tensor]:
     """The products with values, codes and bias of each weight, in the layout the kernel chooses."""
     x, k = _aligned(x), x.shape[-1]
-    results, operands = [], []
-    for values, codes, bias in weights:
-        n = values.shape[0]
-        results.append(x.new_empty(*x.shape[:-1], n))
-        tensors = _aligned(values), _aligned(codes), bias, results[-1]
-        operands.append((n, *(0 if t is None else t.data_ptr() for t in tensors)))
+    results = [x.new_empty(*x.shape[:-1], values.shape[0]) for values, *_ in weights]
+    operands = [
+        (y.shape[-1], *(0 if t is None else t.data_ptr() for t in (*weight, y)))
+        for weight, y in zip(weights, results, strict=True)
+    ]
     _cuda.sparse_linear_group(
         *(CODES[x.dtype], x.numel() // k, k, x.data_ptr(), k, operands),
         *(0, 0, 0, True, _stream(x.get_device())),
@@ -426,11 +423,12 @@ class Decode:
         self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
     ) -> Tensor:
         """See `sparse_linear_cuda`."""
-        # Tiles come from `lay_out_2to4`, which has waited for them.
-        is_settled = codes.dim() == 3
-        if not is_settled:
+        given = values, codes
+        if codes.dim() == 2:
             codes = reference.tile_codes(codes)
         x, values, codes = _aligned(x), _aligned(values), _aligned(codes)
+        # Tiles come from `lay_out_2to4`, which has waited for them; a copy is just being made.
+        is_settled = values is given[0] and codes is given[1]
         out = x.new_empty(*x.shape[:-1], self._n)
         _cuda.sparse_linear_decode(
             *(self._code, x.numel() // self._k, self._k, x.data_ptr(), self._k),
@@ -531,8 +529,11 @@ def _probe_decode(device: int) -> bool:
 
 def _aligned(x: Tensor) -> Tensor:
     """The tensor itself, or a copy where it is not contiguous from a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.is_contiguous() and not x.data_ptr() % 16
 
 
 def _stream(device: int) -> int:

@@ -18,7 +18,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.compiler import compile_grouped
 from proxsparse.errors import ProxsparseError
 from proxsparse.loading import LoadedModel, load_model, resolve_device
 from proxsparse.patch import densify_, sparsify_, state_bytes
@@ -78,9 +77,7 @@ class Decoder:
     ) -> None:
         self._model, self._cache = model, _make_cache(model, max_tokens)
         # A function, not a method, which would keep this object and its cache alive in a cycle.
-        self._advance_by_one = (
-            torch.compile(_advance, backend=compile_grouped) if compile else _advance
-        )
+        self._advance_by_one = _compile(_advance) if compile else _advance
         self._configs = _configs_to_regroup(model)
         device = model.device
         self.tokens = torch.zeros(batch_size, max_tokens, dtype=torch.long, device=device)
@@ -195,6 +192,13 @@ class Decoder:
             else:
                 self._graph, self.mode = graph, "cuda graph"
         torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _compile(function: Callable[..., None]) -> Callable[..., None]:
+    from proxsparse.compiler import compile_grouped  # takes a second, which others need not spend
+
+    compiled: Callable[..., None] = torch.compile(function, backend=compile_grouped)
+    return compiled
 
 
 def _advance(

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 
 from proxsparse import ops, sparsify_
-from proxsparse.compiler import compile_grouped, group_products_
+from proxsparse.compiler import GroupProducts, compile_grouped
 from proxsparse.sparse_linear import SparseLinear
 from proxsparse.targets import find_targets
 
+PASS = "post_grad_custom_pre_pass"
 GROUP = torch.ops.proxsparse.sparse_linear_group.default
 
 
@@ -27,29 +31,30 @@ def sizes_of_groups(run: Callable[..., Any], *inputs: Any) -> tuple[Any, list[in
     """What the function gives after grouping, and how many products each of its groups has."""
     found = []
 
-    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
-        num_groups = group_products_(module.graph)
+    def compile_functional(module: torch.fx.GraphModule, _: Any) -> Any:
+        GroupProducts()(module.graph)
         module.graph.lint()
         module.recompile()
-        nodes = [node for node in module.graph.nodes if node.target is GROUP]
-        found.extend(len(node.args[1]) for node in nodes)
-        assert len(nodes) == num_groups
-        return module
+        groups = [node for node in module.graph.nodes if node.target is GROUP]
+        found.extend(len(node.args[1]) for node in groups)
+        assert all(len(node.meta["val"]) == len(node.args[1]) for node in groups)
+        return make_boxed_func(module.forward)
 
     torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=compile_functional)
     with torch.no_grad():
         return torch.compile(run, backend=backend, fullgraph=True)(*inputs), found
 
 
-def keep_modules(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    """What Inductor gets from now on, and with which settings; it runs as it is."""
-    kept: list[tuple[Any, Any]] = []
+def keep_settings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings that Inductor gets from now on; graphs run as they are."""
+    kept: list[dict[str, Any]] = []
 
     def compile_fx(module: Any, _: Any, config_patches: Any) -> Any:
-        kept.append((module, config_patches))
+        kept.append(config_patches)
         return module
 
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("proxsparse.compiler.compile_fx", compile_fx)
     return kept
 
 
@@ -82,6 +87,26 @@ def test_a_weight_that_is_made_in_between_stays_where_it_is() -> None:
     assert torch.equal(results[1], run(x)[1])
 
 
+def test_an_input_that_is_changed_in_place_is_another_one() -> None:
+    first, second, third = sparse(16, 8), sparse(16, 8), sparse(16, 8)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        x = x.clone()
+        y = first(x)
+        x.add_(1)
+        return y, second(x), third(x)
+
+    x = torch.randn(3, 16)
+    grouped, found = sizes_of_groups(run, x)
+    assert found == [2]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(run, backend=compile_grouped, fullgraph=True)(x)
+        for results in (grouped, compiled):
+            for result, expected in zip(results, run(x), strict=True):
+                torch.testing.assert_close(result, expected)
+
+
 def test_the_blocks_of_a_model(tiny_model: Callable[[str], Any]) -> None:
     model = tiny_model("llama")
     for target in find_targets(model).layers:
@@ -95,7 +120,7 @@ def test_the_blocks_of_a_model(tiny_model: Callable[[str], Any]) -> None:
 
 
 def test_with_gradients_the_graph_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = keep_modules(monkeypatch)
+    kept = keep_settings(monkeypatch)
     a, b = sparse(16, 8, bias=True), sparse(16, 8)
     x = torch.randn(3, 16)
     torch._dynamo.reset()
@@ -104,15 +129,21 @@ def test_with_gradients_the_graph_stays_as_it_is(monkeypatch: pytest.MonkeyPatch
     assert a.bias is not None and torch.equal(a.bias.grad, torch.full((8,), 3.0))
     with torch.no_grad():
         run(x)
-    counts = [sum(node.target is GROUP for node in module.graph.nodes) for module, _ in kept]
-    assert counts == [0, 1]
+    assert [PASS in settings for settings in kept] == [False, True]
 
 
 def test_torch_knows_the_backend_by_name_with_its_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = keep_modules(monkeypatch)
+    kept = keep_settings(monkeypatch)
     x = torch.randn(3)
     for how in ({}, {"mode": "reduce-overhead"}, {"options": {"max_autotune": True}}):
         torch._dynamo.reset()
         assert torch.equal(torch.compile(lambda x: 2 * x, backend="proxsparse", **how)(x), 2 * x)
-    settings = [settings for _, settings in kept]
-    assert settings == [{}, {"triton.cudagraphs": True}, {"max_autotune": True}]
+    assert kept == [{}, {"triton.cudagraphs": True}, {"max_autotune": True}]
+
+
+def test_a_pass_in_the_place_of_its_own_is_refused() -> None:
+    torch._dynamo.reset()
+    options = {PASS: lambda graph: None}
+    run = torch.compile(lambda x: 2 * x, backend="proxsparse", options=options)
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="leave it out"):
+        run(torch.randn(3))

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -292,6 +293,26 @@ def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPat
         backend.Decode((0, 0, 0), 0, torch.bfloat16, 48, 96)(x, values, codes, None)
     with pytest.raises(RuntimeError, match=said.format(r", \[80, 96\]")):
         backend._decode_together(x, [(values, codes, None), (*others, None)])
+
+
+def test_a_weight_is_read_early_only_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = pytest.importorskip("proxsparse.backend_cuda", reason="the extension was not built")
+    early = []
+    fake = SimpleNamespace(sparse_linear_decode=lambda *operands: early.append(operands[-2]))
+    monkeypatch.setattr(backend, "_cuda", fake)
+    monkeypatch.setattr(backend, "_stream", lambda _: 0)
+    run = backend.Decode((0, 0, 0), 0, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(backend, "find_run", lambda *_: run)
+    x, w, values, codes = make(3, 64, 64, torch.bfloat16)
+    shifted = torch.empty(values.numel() + 1, dtype=values.dtype)[1:].view_as(values)
+    shifted.copy_(values)
+    rows = ops.pack_2to4(w)[1]
+    for forms, expected in (((values, codes), True), ((values, rows), False),
+                            ((shifted, codes), False)):  # fmt: skip
+        run(x, *forms, None)
+        assert early.pop() is expected
+        # Copies in a group would not outlive the making of its operands.
+        assert backend._share_a_launch(x, [(*forms, None)] * 2) is expected
 
 
 def test_hopper_refuses_more_than_it_was_made_for(emulate: Callable[..., Tensor]) -> None:
