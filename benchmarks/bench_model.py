@@ -4,17 +4,20 @@
         [--no-compile] [--tune-seconds S] [--config FILE] [--out DIR]
     python benchmarks/bench_model.py --tiny        # the same on a toy, anywhere
 
-The model has Llama-3.1-8B's shape and random weights, made on the device and projected to 2:4 in
-place, so that dense and sparse compute the same. Both run on the same stack: transformers, its sdpa
-attention, and for decoding `proxsparse.generation.Decoder`, on a GPU as a CUDA graph. torch.compile
-fuses small kernels in both (in the sparse model also products of one input): of a decode step as a
-whole, of a prompt in each decoder block, because what is decided before the blocks, as that no mask
-is needed, is decided differently while all of it is traced. Reading prompts takes a GPU to its
-power limit, which lowers its clocks: they are given time to settle before a prompt is timed. A
-decode step cannot be faster than its weights and its cache can be read, dense or packed; these
-limits are printed beside what was measured. The sparse model's logits are compared first, without
-torch.compile; the yardstick is how far the dense model's logits move when a second sequence joins
-the batch.
+The model has Llama-3.1-8B's shape and random weights, made on the device. It is timed dense, then
+pruned to 2:4 in place, then made sparse. In between, masked, that is as a dense model with zeros,
+it computes what the sparse one does: its logits are the reference, and it reads the prompt too,
+because multiplying by zeros takes less power, and so a GPU at its power limit is faster at it.
+
+All run on the same stack: transformers, its sdpa attention, and for decoding
+`proxsparse.generation.Decoder`, on a GPU as a CUDA graph. torch.compile fuses small kernels in all
+of them (in the sparse model also products of one input): of a decode step as a whole, of a prompt
+in each decoder block, because what is decided before the blocks, as that no mask is needed, is
+decided differently while all of it is traced. Reading prompts takes a GPU to its power limit, which
+lowers its clocks: they are given time to settle before a prompt is timed. A decode step cannot be
+faster than its weights and its cache can be read, dense or packed; these limits are printed beside
+what was measured. Logits are compared without torch.compile; the yardstick is how far the masked
+model's move when a second sequence joins the batch.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ WRONG_FROM = 0.1  # rounding moves logits by some hundredths, a wrong product by
 
 
 def make_model(config: Path | dict[str, Any], device: torch.device) -> Any:
-    """Random weights, the targets' 2:4."""
+    """With random weights."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(config, dict):
             path = Path(folder) / "config.json"
@@ -59,9 +62,13 @@ def make_model(config: Path | dict[str, Any], device: torch.device) -> Any:
         torch.manual_seed(0)
         model = build_model(config, device)
     model.set_attn_implementation("sdpa")
+    return model
+
+
+def prune(model: Any) -> None:
+    """Makes the targets 2:4 in place."""
     for target in find_targets(model).layers:
         target.set_weight_(ops.project_2to4(target.weight()))
-    return model
 
 
 def tune(model: Any, tokens: list[int], seconds: float) -> str:
@@ -130,26 +137,27 @@ def relative(difference: Tensor, reference: Tensor) -> float:
     return (difference.norm() / reference.norm()).item()
 
 
-def measure(
-    model: Any,
-    blocks: Sequence[nn.Module],
-    kind: str,
-    args: argparse.Namespace,
-    bandwidth: float,
-) -> list[dict]:
-    """Times prompt and decoding of the model as it is; a row for each."""
-    device, rounds, steps = model.device, args.rounds, args.steps
+def time_prefill(
+    model: Any, blocks: Sequence[nn.Module], kind: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Times reading one prompt with the model as it is."""
     x = random_tokens(model, 1, args.tokens)
 
     def read() -> None:
         last_logits(model, x)
 
     with compiled(blocks if args.compile else ()):
-        settle(read, device)
-        (seconds,) = time_interleaved([read], lambda: None, device, 4 * rounds)
+        settle(read, model.device)
+        (seconds,) = time_interleaved([read], lambda: None, model.device, 4 * args.rounds)
     mode = "compiled" if args.compile else "eager"
-    rows = [row_of("prefill", 1, kind, mode, args.tokens, seconds, None)]
-    weights = bytes_read(model)
+    return row_of("prefill", 1, kind, mode, args.tokens, seconds, None)
+
+
+def time_decoding(
+    model: Any, kind: str, args: argparse.Namespace, bandwidth: float
+) -> list[dict[str, Any]]:
+    """Times decoding with the model as it is; a row for each batch size."""
+    rows, weights, steps = [], bytes_read(model), args.steps
     for batch in args.batches:
         decoder = Decoder(model, batch, PROMPT + steps + 1, compile=args.compile)
         prompt = random_tokens(model, batch, PROMPT)
@@ -165,7 +173,7 @@ def measure(
         print(f"decode, batch {batch}, {kind}: {weights / 1e9:.2f} GB of weights and "
               f"{decoder.cache_bytes / 1e9:.3f} GB of cache a step, "
               f"at best {batch / limit:.0f} tokens/s")  # fmt: skip
-        (seconds,) = time_interleaved([decode], reset, device, rounds)
+        (seconds,) = time_interleaved([decode], reset, model.device, args.rounds)
         tokens = batch * steps
         rows.append(row_of("decode", batch, kind, decoder.mode, tokens, seconds, steps * limit))
     return rows
@@ -231,30 +239,32 @@ def convert(model: Any, memory: str) -> dict[str, float | None]:
     return {"seconds": round(seconds, 3), "peak_gb": peak and round(peak / 1e9, 3)}
 
 
-def compare(dense: Tensor, joined: Tensor, sparse: Tensor, tokens: int) -> dict[str, float]:
-    """How far the sparse model's logits are from the dense model's, and the yardstick."""
-    dense, difference = dense.float(), sparse.float() - dense.float()
+def compare(masked: Tensor, joined: Tensor, sparse: Tensor, tokens: int) -> dict[str, float]:
+    """How far the sparse model's logits are from the masked model's, and the yardstick."""
+    masked, difference = masked.float(), sparse.float() - masked.float()
     row = {
         "tokens": tokens,
         "max_abs": difference.abs().max().item(),
         "mean_abs": difference.abs().mean().item(),
-        "rel_diff": relative(difference, dense),
-        "rel_yardstick": relative(joined.float() - dense, dense),
+        "rel_diff": relative(difference, masked),
+        "rel_yardstick": relative(joined.float() - masked, masked),
     }
-    print(f"logits of {tokens} tokens: sparse differs from dense by {row['rel_diff']:.2e} of "
+    print(f"logits of {tokens} tokens: sparse differs from masked by {row['rel_diff']:.2e} of "
           f"them (at most {row['max_abs']:.3g}, on average {row['mean_abs']:.3g}); "
-          f"dense in a batch of two: {row['rel_yardstick']:.2e}")  # fmt: skip
+          f"masked in a batch of two: {row['rel_yardstick']:.2e}")  # fmt: skip
     assert row["rel_diff"] < WRONG_FROM, "the sparse model computes something else"
     return row
 
 
-def speedups(rows: list[dict[str, Any]], key: str) -> dict[str, float]:
+def speedups(
+    rows: list[dict[str, Any]], key: str = "tokens_per_s", over: str = "dense"
+) -> dict[str, float]:
     """Case -> sparse over dense in tokens/s, measured or at the limit; "decode_b8" and so on."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         case = row["case"] if row["case"] == "prefill" else f"decode_b{row['batch']}"
         found.setdefault(case, {})[row["weights"]] = row[key]
-    return {case: both["sparse"] / both["dense"] for case, both in found.items() if both["dense"]}
+    return {case: both["sparse"] / both[over] for case, both in found.items() if both.get(over)}
 
 
 def draw(measured: dict[str, float], limits: dict[str, float], path: Path) -> None:
@@ -300,7 +310,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Build, tune, measure dense, convert, compare, measure sparse, write."""
+    """Build, tune, measure dense, prune, convert, compare, measure sparse, write."""
     args = parse_arguments()
     if args.compile:  # else torch.compile would give up with a warning, and eager code be timed
         torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -317,20 +327,24 @@ def main() -> None:
     print("case | batch | weights | mode | tokens | ms p50 | min | max | tokens/s | limit | %")
 
     dense_bytes, dense_read = weight_bytes(model), bytes_read(model)
+    rows = [time_prefill(model, blocks, "dense", args)]
+    rows += time_decoding(model, "dense", args, bandwidth)
+    prune(model)
+    rows.append(time_prefill(model, blocks, "masked", args))
     before = []
     for count in counts:
         kept, x = min(count, LOGITS_KEPT), random_tokens(model, 2, count)
         alone, joined = last_logits(model, x[:1], kept)[0], last_logits(model, x, kept)[0]
         before.append((x[:1], alone, joined))
-    rows = measure(model, blocks, "dense", args, bandwidth)
     conversion = convert(model, args.memory)
     logits = [
         compare(alone, joined, last_logits(model, x, len(alone))[0], x.shape[1])
         for x, alone, joined in before
     ]
-    rows += measure(model, blocks, "sparse", args, bandwidth)
+    rows.append(time_prefill(model, blocks, "sparse", args))
+    rows += time_decoding(model, "sparse", args, bandwidth)
 
-    measured = speedups(rows, "tokens_per_s")
+    measured = speedups(rows)
     limits = speedups([r for r in rows if r["case"] == "decode"], "limit_tokens_per_s")
     for case, speedup in measured.items():
         print(f"{case}: {speedup:.2f} x dense{' SLOWER' if speedup < 1 else ''}", end="")
@@ -339,6 +353,7 @@ def main() -> None:
     print(f"weights: {dense_bytes / 1e9:.2f} -> {sparse_bytes / 1e9:.2f} GB")
     summary = {
         "prefill_speedup": measured["prefill"],
+        "prefill_speedup_vs_masked": speedups(rows, over="masked")["prefill"],
         **{f"decode_speedup_b{b}": measured[f"decode_b{b}"] for b in args.batches},
         **{f"decode_limit_b{b}": limits[f"decode_b{b}"] for b in args.batches},
         "weight_memory_ratio": sparse_bytes / dense_bytes,
