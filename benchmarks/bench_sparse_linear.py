@@ -3,7 +3,8 @@
     python benchmarks/bench_sparse_linear.py [--models NAME ...] [--tokens M ...] [--quick]
         [--dtype bfloat16|float16] [--tune-seconds S] [--out DIR]
 
-Shapes are the linear layers of five models, from one token to 16384. All backends of a cell are
+Shapes are the linear layers of five models, from one token to 16384: powers of two, which fill the
+tiles of every kernel, and some counts between them, as prompts have. All backends of a cell are
 timed in turn on the same random data, with enough weights in rotation to leave the L2 cache behind,
 once replayed from a CUDA graph and once called in eager mode with the host's time in it. `dense` is
 the layer as it was before it was pruned, `masked` the same layer with its pruned weights zero: both
@@ -53,7 +54,7 @@ MODELS = {
         *((13824, 5120, False), (5120, 13824, False)),
     ],
 }
-TOKENS = tuple(2**i for i in range(15))
+TOKENS = (*(2**i for i in range(15)), 700, 1500, 3000)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_WEIGHTS = 64
 ROUND_SECONDS = 2e-3  # that one round times, at least
@@ -248,6 +249,10 @@ def geometric_mean(ratios: Iterable[float]) -> float:
     return math.exp(statistics.fmean(logs)) if logs else math.nan
 
 
+def is_power_of_two(count: int) -> bool:
+    return count & (count - 1) == 0
+
+
 def rows_of(case: Case, measured: dict[str, Any], limit: float) -> list[dict[str, Any]]:
     """The table's rows of one cell, times in microseconds."""
     seconds = measured["seconds"]
@@ -279,31 +284,47 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
     times = {(r["case"], r["tokens"], r["backend"], r["mode"]): r["us_p50"] for r in rows}
     cells = sorted({(r["case"], r["tokens"]) for r in rows})
 
-    def ratios(over: str, mode: str, *, lowest: int = 1, highest: int = 10**9) -> list[float]:
+    def ratios(
+        over: str,
+        mode: str,
+        lowest: int = 1,
+        highest: int = 10**9,
+        counts: Callable[[int], bool] = is_power_of_two,
+    ) -> list[float]:
         return [
             times[case, tokens, over, mode] / times[case, tokens, "proxsparse", mode]
             for case, tokens in cells
-            if lowest <= tokens <= highest
+            if lowest <= tokens <= highest and counts(tokens)
         ]
+
+    def mean(*args: Any, **kwargs: Any) -> float:
+        return geometric_mean(ratios(*args, **kwargs))
+
+    def lowest(over: str, mode: str) -> float:
+        return min(ratios(over, mode, counts=lambda tokens: True))
+
+    def is_between(tokens: int) -> bool:
+        return not is_power_of_two(tokens)
 
     host = {r["backend"]: [] for r in rows}
     for row in rows:
         host[row["backend"]].append(row["host_us"])
     return {
-        "geomean_eager_m1024": geometric_mean(ratios("dense", "eager", lowest=1024)),
-        "geomean_graph_m1024": geometric_mean(ratios("dense", "graph", lowest=1024)),
-        "geomean_graph_m256": geometric_mean(ratios("dense", "graph", lowest=256, highest=512)),
-        "min_cell_graph": min(ratios("dense", "graph")),
-        "min_cell_eager": min(ratios("dense", "eager")),
-        "geomean_eager_m1024_vs_masked": geometric_mean(ratios("masked", "eager", lowest=1024)),
-        "geomean_graph_m1024_vs_masked": geometric_mean(ratios("masked", "graph", lowest=1024)),
-        "geomean_graph_m256_vs_masked": geometric_mean(
-            ratios("masked", "graph", lowest=256, highest=512)
-        ),
-        "min_cell_graph_vs_masked": min(ratios("masked", "graph")),
-        "min_cell_eager_vs_masked": min(ratios("masked", "eager")),
-        "vs_torch_best_graph": geometric_mean(ratios("torch", "graph", lowest=1024)),
-        "vs_torch_eager": geometric_mean(ratios("torch", "eager", lowest=1024)),
+        "geomean_eager_m1024": mean("dense", "eager", 1024),
+        "geomean_graph_m1024": mean("dense", "graph", 1024),
+        "geomean_graph_m256": mean("dense", "graph", 256, 512),
+        "geomean_graph_between": mean("dense", "graph", 512, counts=is_between),
+        "min_cell_graph": lowest("dense", "graph"),
+        "min_cell_eager": lowest("dense", "eager"),
+        "geomean_eager_m1024_vs_masked": mean("masked", "eager", 1024),
+        "geomean_graph_m1024_vs_masked": mean("masked", "graph", 1024),
+        "geomean_graph_m256_vs_masked": mean("masked", "graph", 256, 512),
+        "geomean_graph_between_vs_masked": mean("masked", "graph", 512, counts=is_between),
+        "min_cell_graph_vs_masked": lowest("masked", "graph"),
+        "min_cell_eager_vs_masked": lowest("masked", "eager"),
+        "vs_torch_best_graph": mean("torch", "graph", 1024),
+        "vs_torch_best_graph_between": mean("torch", "graph", 512, counts=is_between),
+        "vs_torch_eager": mean("torch", "eager", 1024),
         "host_us_dense": statistics.median(host["dense"]),
         "host_us_proxsparse": statistics.median(host["proxsparse"]),
     }

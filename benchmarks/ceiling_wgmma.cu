@@ -88,22 +88,6 @@ __device__ __forceinline__ void copy_bytes_to_cluster(void* to, const void* from
       : "memory");
 }
 
-// At the barrier that block `rank` of the cluster has where this one has `barrier`.
-__device__ __forceinline__ void arrive_at(int rank, Barrier* barrier) {
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
-
-// As `tile_descriptor`, for rows of 64 bytes, of which the swizzle exchanges 4 pieces.
-__device__ __forceinline__ std::uint64_t narrow_tile_descriptor(const void* tile) {
-  return (shared_address(tile) & 0x3ffff) >> 4 | std::uint64_t{1} << 16 |
-         std::uint64_t{512 >> 4} << 32 | std::uint64_t{2} << 62;
-}
-
 #define TEN(tens)                                                                         \
   "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens \
   "6, %" #tens "7, %" #tens "8, %" #tens "9, "
@@ -137,7 +121,8 @@ __device__ __forceinline__ void multiply(float (&sum)[kTokens / 2], const unsign
              "l"(x), "r"(metadata), "n"(kIndex), "r"(adds));
   } else {
     MULTIPLY("sp.sync.aligned.m64n256k32", "%128, %129, %130, %131, adds, 1, 1, 0, 0", "%132",
-             "l"(narrow_tile_descriptor(w)), "l"(x), "r"(metadata), "n"(kIndex), "r"(adds));
+             "l"(tile_descriptor<kTileRowBytes / 2>(w)), "l"(x), "r"(metadata), "n"(kIndex),
+             "r"(adds));
   }
 }
 

@@ -7,7 +7,9 @@ before its launch.
 
 Memory for results and workspaces comes from PyTorch's allocator, on the stream that is current. A
 stream has one workspace, reused by its calls in order; a call that is captured in a CUDA graph
-takes one from the graph's own memory instead, so that a replay shares it with nobody.
+takes one from the graph's own memory instead, so that a replay shares it with nobody. Likewise
+signals, by which blocks of the kernel for many tokens wait for each other: they are zeros between
+launches, so what is captured takes some from a stock that was made before, and keeps them.
 
 Importing this module raises ImportError, with the reason, when the extension was not built.
 """
@@ -37,13 +39,20 @@ _MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structure
 _TOKENS_MULTIPLE = 8  # and of the token count of 16-bit activations
 MAX_DECODE_TOKENS, MAX_HOPPER_TOKENS = 64, 256  # of the kernels for few tokens
 _BUCKETS = frozenset(tuning.BUCKETS)
-_DECODE_MULTIPLE = 64  # that the kernel for few tokens needs of in_features
+_DECODE_MULTIPLE = 64  # that our kernels need of in_features
+_PREFILL_MULTIPLE = 8  # and the one for many tokens of out_features
 # Rows a block, chunks under way (1 few, 2 many), blocks that share the columns; see
 # csrc/cuda/sparse_linear_decode.h. Tables refer to them by index.
 DECODE_LAYOUTS = tuple(
     (rows, depth, splits)
     for rows, depth in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 2), (256, 1))
     for splits in (1, 2, 4, 8)
+)
+# Rows and tokens of a tile, blocks that share tokens; see csrc/cuda/sparse_linear_prefill.h.
+PREFILL_LAYOUTS = tuple(
+    (rows, tokens, cluster)
+    for rows, tokens in ((256, 192), (128, 256), (128, 128), (128, 64))
+    for cluster in (1, 2)
 )
 
 # x, values, codes, bias, compressed, dense -> result
@@ -279,8 +288,10 @@ def _decide(
     available = {name for name in RUNS if name != "dense" or dense is not None}
     record = None
     bucket = tuning.find_bucket(tokens)
-    if not can_decode(k, bucket, x.dtype, device) and _decode_is_right(device):
+    if not can_decode(k, bucket, x.dtype, device) and _is_right("decode", device):
         available.add("decode")
+    if not can_prefill(n, k, bucket, x.dtype, device) and _is_right("prefill", device):
+        available.add("prefill")
     if compressed is not None:
         reason = can_compress(n, k, x.dtype)
         if compressed.get_device() != device:
@@ -329,6 +340,9 @@ def executor(
             return _run_decode_op
         layout = (0, 0, 0) if candidate.algorithm < 0 else DECODE_LAYOUTS[candidate.algorithm]
         return Decode(layout, device, dtype, n, k)
+    if candidate.executor == "prefill":
+        layout = (0, 0, 0) if candidate.algorithm < 0 else PREFILL_LAYOUTS[candidate.algorithm]
+        return Prefill(layout, device, dtype, n, k)
     return RUNS[candidate.executor]
 
 
@@ -349,7 +363,26 @@ def _run_unpacked(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None,
 RUNS: dict[str, _Run] = {"dense": _run_dense, "unpack": _run_unpacked}
 
 
-class CuSparseLt:
+class _UsesWorkspace:
+    """Finds out by its first launch how much memory the launches of a shape need."""
+
+    _workspace_bytes = 0  # the most that a call has needed
+
+    def _launch(
+        self, launch: Callable[..., int], operands: tuple[int, ...], out: Tensor, stream: int
+    ) -> None:
+        """Calls launch(*operands, workspace, its bytes, stream), which returns what it lacks."""
+        device, size = out.get_device(), self._workspace_bytes
+        workspace = _workspace(device, stream, size) if size else out
+        needed = launch(*operands, workspace.data_ptr(), size, stream)
+        if needed:
+            self._workspace_bytes = needed
+            workspace = _workspace(device, stream, needed)
+            needed = launch(*operands, workspace.data_ptr(), workspace.numel(), stream)
+            assert not needed, "the plan's workspace has a fixed size"
+
+
+class CuSparseLt(_UsesWorkspace):
     """Calls cuSPARSELt for one weight shape and algorithm."""
 
     def __init__(
@@ -368,8 +401,7 @@ class CuSparseLt:
             *(device, CODES[dtype], n, k, has_bias),
             *(candidate.algorithm, candidate.split_k, candidate.split_k_mode, is_bias_late),
         )
-        self._device, self._n, self._k = device, n, k
-        self._workspace_bytes = 0  # the most that a call of this shape has needed
+        self._n, self._k = n, k
 
     def __call__(
         self,
@@ -394,19 +426,11 @@ class CuSparseLt:
             result = out[:tokens].view(*lead, self._n)
         if bias is not None:
             bias = _aligned(bias)
-        stream = _stream(self._device)
-        size = self._workspace_bytes
-        workspace = _workspace(self._device, stream, size) if size else out
         operands = (
             *(padded, compressed.data_ptr(), compressed.numel(), rows.data_ptr()),
             *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
         )
-        needed = self.launch(*operands, workspace.data_ptr(), size, stream)
-        if needed:
-            self._workspace_bytes = needed
-            workspace = _workspace(self._device, stream, needed)
-            needed = self.launch(*operands, workspace.data_ptr(), workspace.numel(), stream)
-            assert not needed, "the plan's workspace has a fixed size"
+        self._launch(self.launch, operands, out, _stream(x.get_device()))
         return result
 
 
@@ -423,12 +447,7 @@ class Decode:
         self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
     ) -> Tensor:
         """See `sparse_linear_cuda`."""
-        given = values, codes
-        if codes.dim() == 2:
-            codes = reference.tile_codes(codes)
-        x, values, codes = _aligned(x), _aligned(values), _aligned(codes)
-        # Tiles come from `lay_out_2to4`, which has waited for them; a copy is just being made.
-        is_settled = values is given[0] and codes is given[1]
+        x, (values, codes, is_settled) = _aligned(x), _settle(values, codes)
         out = x.new_empty(*x.shape[:-1], self._n)
         _cuda.sparse_linear_decode(
             *(self._code, x.numel() // self._k, self._k, x.data_ptr(), self._k),
@@ -437,6 +456,45 @@ class Decode:
             *(*self._layout, is_settled, _stream(self._device)),
         )
         return out
+
+
+class Prefill(_UsesWorkspace):
+    """Calls the kernel for many tokens, in one of its layouts."""
+
+    def __init__(
+        self, layout: tuple[int, int, int], device: int, dtype: torch.dtype, n: int, k: int
+    ) -> None:
+        self._layout, self._code = layout, CODES[dtype]
+        self._n, self._k = n, k
+
+    def __call__(
+        self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
+    ) -> Tensor:
+        """See `sparse_linear_cuda`."""
+        x, (values, codes, is_settled) = _aligned(x), _settle(values, codes)
+        out = x.new_empty(*x.shape[:-1], self._n)
+        device = x.get_device()
+        stream = _stream(device)
+        operands = (
+            *(self._code, x.numel() // self._k, self._k, x.data_ptr(), self._k),
+            *(self._n, values.data_ptr(), codes.data_ptr()),
+            *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(*self._layout, is_settled, _signals(device, stream)),
+        )
+        self._launch(_cuda.sparse_linear_prefill, operands, out, stream)
+        return out
+
+
+def _settle(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both aligned, codes in tiles; and whether they were complete before this call was queued.
+
+    Tiles come from `lay_out_2to4`, which has waited for them; a copy is just being made.
+    """
+    given = values, codes
+    if codes.dim() == 2:
+        codes = reference.tile_codes(codes)
+    values, codes = _aligned(values), _aligned(codes)
+    return values, codes, values is given[0] and codes is given[1]
 
 
 def _run_decode_op(
@@ -470,6 +528,25 @@ def can_decode(k: int, tokens: int, dtype: torch.dtype, device: int) -> str:
     return ""
 
 
+def can_prefill(n: int, k: int, tokens: int, dtype: torch.dtype, device: int) -> str:
+    """Why our kernel for many tokens cannot run here; empty when it can."""
+    if not _cuda.has_decode:
+        return "the extension was built without its CUDA kernels"
+    if dtype not in CODES:
+        return f"it takes bfloat16 and float16, and the weight is {dtype}"
+    if k % _DECODE_MULTIPLE or n % _PREFILL_MULTIPLE:
+        return (
+            f"in_features must be a multiple of {_DECODE_MULTIPLE} and out_features one of "
+            f"{_PREFILL_MULTIPLE}, and the weight is [{n}, {k}]"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return f"it is for compute capability 9.0, and this GPU has {capability}"
+    if tokens <= MAX_DECODE_TOKENS:
+        return f"the kernel for few tokens takes {tokens}"
+    return ""
+
+
 def _sparse_linear_decode(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.sparse_linear_decode`; x of 1 to 64 tokens, bfloat16 or float16.
 
@@ -491,18 +568,18 @@ if _cuda.has_decode:  # without it the op runs on Triton
     sparse_linear_decode_cuda = _sparse_linear_decode
 
 
-def _decode_is_right(device: int) -> bool:
-    """Whether the kernel computes what it should on this GPU; not asked while a graph is captured.
+def _is_right(executor: str, device: int) -> bool:
+    """Whether a kernel computes what it should on this GPU; not asked while a graph is captured.
 
-    It uses instructions whose behaviour differs from GPU to GPU, so one look at its numbers comes
-    before the first use.
+    Ours use instructions whose behaviour differs from GPU to GPU, so one look at their numbers
+    comes before the first use.
     """
-    return not torch.cuda.is_current_stream_capturing() and _probe_decode(device)
+    return not torch.cuda.is_current_stream_capturing() and _probe(executor, device)
 
 
 @functools.cache
-def _probe_decode(device: int) -> bool:
-    n, k = 144, 1088  # ends within a tile and within a chunk
+def _probe(name: str, device: int) -> bool:
+    n, k = 144, 5184  # ends within a tile; columns enough for blocks to share it
     generator = torch.Generator().manual_seed(0)
     w = torch.randint(-4, 5, (n, k), generator=generator).float()
     w[:, 2::4] = w[:, 1::4] = 0
@@ -512,16 +589,16 @@ def _probe_decode(device: int) -> bool:
     with torch.cuda.device(device):
         packed = w.to(device, torch.bfloat16)
         values, codes = contextvars.Context().run(torch.ops.proxsparse.pack_2to4, packed)
-        run = executor(tuning.Candidate("decode"), device, torch.bfloat16, n, k, None)
+        run = executor(tuning.Candidate(name), device, torch.bfloat16, n, k, None)
         for tokens in (1, 9, 17, 64, 200):
-            if can_decode(k, tokens, torch.bfloat16, device):
+            if name == "decode" and can_decode(k, tokens, torch.bfloat16, device):
                 break
             rows = x[:tokens].to(device, torch.bfloat16)
             result = run(rows, values, codes, None, None, None)
             if not torch.equal(result, exact[:tokens]):
                 _log.warning(
-                    "the kernel for few tokens is wrong on %s and is not used: please report it",
-                    torch.cuda.get_device_name(device),
+                    "the %s kernel is wrong on %s and is not used: please report it",
+                    *(name, torch.cuda.get_device_name(device)),
                 )
                 return False
     return True
@@ -554,6 +631,36 @@ def _workspace(device: int, stream: int, size: int) -> Tensor:
         held = torch.empty(size, dtype=torch.uint8, device=device)
         _workspaces[device, stream] = held
     return held
+
+
+_SIGNALS = 8  # for each multiprocessor
+_SIGNALS_IN_STOCK = 256  # for graphs, until more are made
+_signal_memory: list[Tensor] = []  # for ever, because graphs know its addresses
+_stock_of_signals: dict[int, list[int]] = {}
+_signals_of_streams: dict[tuple[int, int], int] = {}
+_signals_of_captures: dict[tuple[int, int], tuple[int, int]] = {}  # the last on each stream
+
+
+def _signals(device: int, stream: int) -> int:
+    """Address of signals for a launch on the current stream; 0 if a capture finds none."""
+    stock = _stock_of_signals.setdefault(device, [])
+    capture = _cuda.capture_of(stream)
+    if capture:  # what is captured on one stream runs in order, and shares them
+        known, held = _signals_of_captures.get((device, stream), (0, 0))
+        if known != capture:
+            held = stock.pop() if stock else 0
+            _signals_of_captures[device, stream] = capture, held
+        return held
+    mine = _signals_of_streams.get((device, stream))
+    if mine is None or not stock:
+        size = _SIGNALS * torch.cuda.get_device_properties(device).multi_processor_count
+        made = torch.zeros(_SIGNALS_IN_STOCK + 1, size, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()
+        _signal_memory.append(made)
+        spare, *more = (row.data_ptr() for row in made)
+        stock += more
+        mine = _signals_of_streams.setdefault((device, stream), spare)
+    return mine
 
 
 def _is_bias_late(device: int) -> bool:

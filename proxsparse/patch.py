@@ -284,7 +284,7 @@ def _speedups(layer: SparseLinear) -> dict[int, float]:
     n, k, dtype = layer.out_features, layer.in_features, layer.values.dtype
     if not layer.values.is_cuda or ops.can_compress(n, k, dtype):
         return {}
-    forms = {"unpack", "decode"}
+    forms = {"unpack", "decode", "prefill"}
     forms |= {"dense"} if layer.dense is not None else set()
     forms |= {"cusparselt"} if layer.compressed is not None else set()
     table = tuning.table_for(layer.values.get_device())

@@ -1,9 +1,10 @@
 """Which executor a 2:4 linear layer runs on, per GPU, library, shape and token count: measured.
 
-Four executors compute x W^T + bias: `dense` (cuBLAS on an unpacked weight that is held anyway),
-`cusparselt`, `decode` (a kernel of ours for few tokens, where it was built) and `unpack` (the dense
-weight made anew for the call). None is best everywhere, and a library's algorithm can be slow or
-wrong. So candidates are measured beside dense, and one is used in its place only if it
+Five executors compute x W^T + bias: `dense` (cuBLAS on an unpacked weight that is held anyway),
+`cusparselt`, `decode` and `prefill` (kernels of ours for few and for many tokens, where they were
+built) and `unpack` (the dense weight made anew for the call). None is best everywhere, and a
+library's algorithm can be slow or wrong. So candidates are measured beside dense, and one is used
+in its place only if it
 
 - agrees with a float32 product as well as dense does, and with itself, run after run,
 - is at least MARGIN times as fast as dense.
@@ -52,7 +53,7 @@ BUCKETS = (
     *(1, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768),
     *(1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384),
 )
-EXECUTORS = ("dense", "cusparselt", "decode", "unpack")
+EXECUTORS = ("dense", "cusparselt", "decode", "prefill", "unpack")
 MARGIN = 1.03  # measured speed-up that a candidate needs to replace dense
 NUM_FINALISTS = 3  # of each executor are measured with care: quick trials are noisy
 # Below the upper end those are tried that come this close to the best one's speed-up there: a
@@ -61,8 +62,8 @@ LEADERS_WITHIN = 0.75
 LIBRARY_CHOICE = -1  # an algorithm id: the library's own default
 
 # Where nothing was measured. On an H200 the library's default algorithm beats dense from 1024
-# tokens on, at powers of two, for every shape of 4096 and more. More than 64 tokens it multiplies
-# faster than the weight is unpacked.
+# tokens on, at powers of two, for every shape of 4096 and more; with fewer our kernel mostly beats
+# the library. More than 64 tokens both multiply faster than the weight is unpacked.
 RULE_BEATS_DENSE_FROM = 1024
 RULE_BEATS_UNPACK_FROM = 65
 
@@ -72,7 +73,7 @@ _MEASURE_SECONDS = 60.0  # a candidate that takes longer hangs
 
 
 class Candidate(NamedTuple):
-    """An executor and how it runs; `algorithm` is cuSPARSELt's id, or decode's layout."""
+    """An executor and how it runs; `algorithm` is cuSPARSELt's id, or a layout of our kernels."""
 
     executor: str
     algorithm: int = LIBRARY_CHOICE
@@ -199,18 +200,22 @@ def choose(record: Record | None, tokens: int, available: Collection[str]) -> Ca
 def choose_by_rule(tokens: int, available: Collection[str]) -> Candidate:
     """What runs where nothing was measured: see the constants above for why.
 
-    The decode kernel, where it is available; from 1024 tokens on cuSPARSELt with its default
-    algorithm, if its form of the weight is there; between them dense, if the dense weight is held.
-    If not, cuSPARSELt from 65 tokens on, and the weight unpacked for the call where that cannot
-    run.
+    The kernel for few tokens, where it is available; from 1024 tokens on cuSPARSELt with its
+    default algorithm, if its form of the weight is there, or else our kernel for many; between them
+    dense, if the dense weight is held. If not, our kernel or else cuSPARSELt from 65 tokens on, and
+    the weight unpacked for the call where neither can run.
 
     This promises nothing: the default algorithm may lose to dense for narrow layers, and for token
     counts that are no multiples of 128, above all the smaller ones. Tuning finds out.
     """
     has_dense = "dense" in available
     sparse_from = RULE_BEATS_DENSE_FROM if has_dense else RULE_BEATS_UNPACK_FROM
-    if "cusparselt" in available and tokens >= sparse_from:
-        return Candidate("cusparselt")
+    for_many = ["prefill", "cusparselt"]
+    if tokens >= RULE_BEATS_DENSE_FROM:
+        for_many.reverse()
+    for name in for_many if tokens >= sparse_from else ():
+        if name in available:
+            return Candidate(name)
     if "decode" in available:
         return Candidate("decode")
     return Candidate("dense" if has_dense else "unpack")

@@ -81,6 +81,9 @@ class Bench:
             count = len(backend_cuda.DECODE_LAYOUTS) if _cuda.has_decode else 0
             layouts = range(tuning.LIBRARY_CHOICE, count)
             found += [Candidate("decode", layout) for layout in layouts]
+        if not backend_cuda.can_prefill(cell.n, cell.k, cell.bucket, dtype, self._device):
+            layouts = range(tuning.LIBRARY_CHOICE, len(backend_cuda.PREFILL_LAYOUTS))
+            found += [Candidate("prefill", layout) for layout in layouts]
         problem = _cuda.SparseLinear(
             *(self._device, backend_cuda.CODES[dtype], cell.n, cell.k),
             *(cell.has_bias, tuning.LIBRARY_CHOICE, 1, 0, False),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,33 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROXSPARSE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def build_emulator(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """A function that compiles tests/emulator/<name>.cpp with sources in csrc/cuda for the CPU."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    root = Path(__file__).resolve().parents[1]
+
+    def build(name: str, *sources: str) -> ctypes.CDLL:
+        if compiler is None:
+            pytest.skip("no C++ compiler to build the emulator with")
+        folder = tmp_path_factory.mktemp("emulator")
+        cuda = root / "csrc" / "cuda"
+        for path in (*cuda.glob("*.h"), *(cuda / source for source in sources)):
+            shutil.copy(path, folder)
+        for path in (root / "tests" / "emulator").iterdir():  # its ptx.h and hopper.h replace those
+            shutil.copy(path, folder)
+        library = folder / f"{name}.so"
+        # Hidden, or else libraries in one process would share the state of what is inline.
+        command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fvisibility=hidden"]
+        command += ["-x", "c++"]
+        command += [f"-I{folder}", f"{name}.cpp", *sources, "-o", str(library)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return ctypes.CDLL(str(library))
+
+    return build
 
 
 _BASE: dict[str, Any] = {

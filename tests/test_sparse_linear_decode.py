@@ -9,10 +9,7 @@ Hopper's kernel and that of all other GPUs.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +19,6 @@ from torch import Tensor
 
 from proxsparse import ops, reference
 
-ROOT = Path(__file__).resolve().parents[1]
 # A device, the shared memory of its blocks and its major compute capability.
 HOPPER, ADA, BLACKWELL = (0, 227 * 1024, 9), (1, 99 * 1024, 8), (2, 227 * 1024, 10)
 BOTH_KERNELS = pytest.mark.parametrize("device", [HOPPER, BLACKWELL], ids=["hopper", "blackwell"])
@@ -36,23 +32,10 @@ class Weight(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulate_group(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Tensor]]:
+def emulate_group(build_emulator: Callable[..., ctypes.CDLL]) -> Callable[..., list[Tensor]]:
     """A function that multiplies the same CPU tensor with several weights, in one call."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the emulator with")
-    folder = tmp_path_factory.mktemp("emulator")
-    for path in (ROOT / "tests" / "emulator").iterdir():
-        shutil.copy(path, folder)
     kernels = ["sparse_linear_decode.cu", "sparse_linear_decode_hopper.cu"]
-    for name in (*kernels, "sparse_linear_decode.h", "decode_common.h"):
-        shutil.copy(ROOT / "csrc" / "cuda" / name, folder)
-    library = folder / "decode.so"
-    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-x", "c++"]
-    command += [f"-I{folder}", "sparse_linear_decode.cpp", *kernels, "-o", str(library)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    decode = ctypes.CDLL(str(library)).decode
+    decode = build_emulator("sparse_linear_decode", *kernels).decode
     decode.restype = ctypes.c_char_p
 
     def run(

@@ -116,6 +116,11 @@ def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None
         (17, ("cusparselt", "decode", "unpack"), "decode"),
         (64, ("cusparselt", "unpack"), "unpack"),
         (65, ("cusparselt", "unpack"), "cusparselt"),
+        (65, ("cusparselt", "prefill", "unpack"), "prefill"),
+        (1024, ("cusparselt", "prefill", "unpack"), "cusparselt"),
+        (1024, ("prefill", "unpack"), "prefill"),
+        (1023, (*ALL, "prefill"), "dense"),
+        (1024, ("dense", "prefill", "unpack"), "prefill"),
     ],
 )
 def test_the_rule_where_nothing_was_measured(

@@ -15,18 +15,19 @@
 namespace proxsparse {
 
 // Rows of 128 bytes, 8 of them an atom in which 16-byte pieces are exchanged against bank
-// conflicts: as a copied tile lies in shared memory, and as products read it.
+// conflicts: as a copied tile lies in shared memory, and as products read it. Or, where that is
+// said, rows of 64 bytes, in whose atoms four pieces are.
 constexpr int kTileRowBytes = 128, kTileAlignment = 1024;
 
 using TileMap = CUtensorMap;
 
 // Describes a matrix [rows, columns] of 16-bit elements in device memory, of which tiles of
-// `tile_rows` rows and 64 columns are copied; what lies outside it is copied as zeros. The driver's
-// function is looked up, because the extension is not linked against the driver. Null, or what is
-// wrong.
+// `tile_rows` rows of `row_bytes` are copied; what lies outside it is read as zeros, and not
+// written. The driver's function is looked up, because the extension is not linked against the
+// driver. Null, or what is wrong.
 inline const char* describe_tiles(TileMap* map, const void* data, std::int64_t rows,
                                   std::int64_t columns, std::int64_t row_stride, int tile_rows,
-                                  bool is_bfloat16) {
+                                  bool is_bfloat16, int row_bytes = kTileRowBytes) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -38,13 +39,14 @@ inline const char* describe_tiles(TileMap* map, const void* data, std::int64_t r
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * row_stride)};
-  const cuuint32_t box[] = {kTileRowBytes / 2, static_cast<cuuint32_t>(tile_rows)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(row_bytes / 2),
+                            static_cast<cuuint32_t>(tile_rows)};
   const cuuint32_t steps[] = {1, 1};
   const CUresult result =
       encode(map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
              2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             row_bytes == kTileRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the operands";
 }
 
@@ -65,6 +67,16 @@ __device__ __forceinline__ void show_barriers() {
 __device__ __forceinline__ void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
+}
+
+// At the barrier that block `rank` of the cluster has where this one has `barrier`.
+__device__ __forceinline__ void arrive_at(int rank, Barrier* barrier) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 }
 
 // One arrival, and `bytes` that copies will bring.
@@ -89,6 +101,19 @@ __device__ __forceinline__ void wait_for_phase(Barrier* barrier, unsigned parity
   }
 }
 
+// Whether it has ended, without waiting.
+__device__ __forceinline__ bool has_ended(Barrier* barrier, unsigned parity) {
+  unsigned is_over;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(is_over)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return is_over != 0;
+}
+
 // The tile whose first element is at (row, column); its bytes count for the barrier.
 __device__ __forceinline__ void copy_tile(void* to, const TileMap& map, int row, int column,
                                           Barrier* barrier) {
@@ -96,6 +121,18 @@ __device__ __forceinline__ void copy_tile(void* to, const TileMap& map, int row,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same, to this place in the memory of all blocks of the cluster whose bits are set; at each,
+// the barrier there counts its bytes.
+__device__ __forceinline__ void copy_tile_to_cluster(void* to, const TileMap& map, int row,
+                                                     int column, Barrier* barrier,
+                                                     std::uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
       : "memory");
 }
 
@@ -107,6 +144,70 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
       "[%3];" ::"r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
+}
+
+// The tile whose first element is at (row, column), to device memory, in the thread's open group.
+__device__ __forceinline__ void store_tile(const TileMap& map, int row, int column,
+                                           const void* from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(shared_address(from))
+      : "memory");
+}
+
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until shared memory has been read for all but kPending of the thread's committed groups.
+template <int kPending>
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// After a thread has written what a tile's store shall read, before that thread tells the one that
+// asks for it.
+__device__ __forceinline__ void show_to_stores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Four matrices of 8 x 8 16-bit elements, the columns of matrix j to where threads 8j to 8j + 7
+// point; a thread has elements 2(t % 4) and 2(t % 4) + 1 of row t / 4 of each.
+__device__ __forceinline__ void store_transposed(void* piece, const std::uint32_t (&fragment)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(piece)),
+               "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+               : "memory");
+}
+
+// All 128 threads of this warpgroup of the block arrive before any goes on.
+__device__ __forceinline__ void synchronize_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");  // 0 is the block's
+}
+
+// Both rounded to T, the first in the low half.
+template <typename T>
+__device__ __forceinline__ std::uint32_t round_pair(float first, float second) {
+  std::uint32_t pair;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  }
+  return pair;
+}
+
+// All 128 threads of a warpgroup have only so many registers from now on, so that others can have
+// more: a multiple of 8.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Waits until there are as many for all 128 threads.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // Before the first product that uses registers which other instructions wrote.
@@ -128,58 +229,74 @@ __device__ __forceinline__ void wait_for_products() {
 // are waited for, of which the compiler knows nothing.
 __device__ __forceinline__ void keep(std::uint32_t value) { asm volatile("" ::"r"(value)); }
 
-// Names a tile to a product: where it is, 1024 bytes from one atom of 8 rows to the next, and that
-// its pieces are exchanged.
+// Names a tile to a product: where it is, how far apart its atoms of 8 rows are, and that its
+// pieces are exchanged.
+template <int kRowBytes = kTileRowBytes>
 __device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
+  constexpr std::uint64_t kSwizzle = kRowBytes == kTileRowBytes ? 1 : 2;
   return (shared_address(tile) & 0x3ffff) >> 4 | std::uint64_t{1} << 16 |
-         std::uint64_t{kTileAlignment >> 4} << 32 | std::uint64_t{1} << 62;
+         std::uint64_t{8 * kRowBytes >> 4} << 32 | kSwizzle << 62;
 }
 
-#define PROXSPARSE_WGMMA(TOKENS, TYPE, SUMS, ...)                            \
-  asm volatile(                                                              \
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"                       \
-      "wgmma.mma_async.sp.sync.aligned.m64n" TOKENS "k32.f32." TYPE " " SUMS \
-      ", adds, 1, 1, 0, 0;\n}"                                               \
-      : __VA_ARGS__                                                          \
-      : "l"(tile_descriptor(w)), "l"(tile_descriptor(x)), "r"(metadata), "n"(kSelector))
+#define PROXSPARSE_WGMMA(TOKENS, TYPE, SUMS, REST, ADDS, ...)                                \
+  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS                                \
+               ", 0;\nwgmma.mma_async.sp.sync.aligned.m64n" TOKENS "k32.f32." TYPE " {" SUMS \
+               "}, " REST ", adds, 1, 1, 0, 0;\n}"                                           \
+               : __VA_ARGS__                                                                 \
+               : "l"(tile_descriptor<kRowBytes>(w)), "l"(tile_descriptor(x)), "r"(metadata), \
+                 "n"(kSelector), "r"(adds))
+#define PROXSPARSE_TEN(tens)                                                              \
+  "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens \
+  "6, %" #tens "7, %" #tens "8, %" #tens "9, "
+#define PROXSPARSE_SIXTY \
+  PROXSPARSE_TEN()       \
+  PROXSPARSE_TEN(1) PROXSPARSE_TEN(2) PROXSPARSE_TEN(3) PROXSPARSE_TEN(4) PROXSPARSE_TEN(5)
 #define PROXSPARSE_SUMS4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define PROXSPARSE_SUMS16(i) \
   PROXSPARSE_SUMS4(i), PROXSPARSE_SUMS4(i + 4), PROXSPARSE_SUMS4(i + 8), PROXSPARSE_SUMS4(i + 12)
-#define PROXSPARSE_PRODUCT(TYPE)                                                                \
-  if constexpr (kTokens == 8) {                                                                 \
-    PROXSPARSE_WGMMA("8", TYPE, "{%0, %1, %2, %3}, %4, %5, %6, %7", PROXSPARSE_SUMS4(0));       \
-  } else if constexpr (kTokens == 16) {                                                         \
-    PROXSPARSE_WGMMA("16", TYPE, "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, %10, %11",          \
-                     PROXSPARSE_SUMS4(0), PROXSPARSE_SUMS4(4));                                 \
-  } else if constexpr (kTokens == 32) {                                                         \
-    PROXSPARSE_WGMMA("32", TYPE,                                                                \
-                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
-                     "%16, %17, %18, %19",                                                      \
-                     PROXSPARSE_SUMS16(0));                                                     \
-  } else if constexpr (kTokens == 64) {                                                         \
-    PROXSPARSE_WGMMA("64", TYPE,                                                                \
-                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "  \
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "   \
-                     "%30, %31}, %32, %33, %34, %35",                                           \
-                     PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16));                              \
-  } else {                                                                                      \
-    PROXSPARSE_WGMMA("128", TYPE,                                                               \
-                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "            \
-                     "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "   \
-                     "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "   \
-                     "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "   \
-                     "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, %66, %67",             \
-                     PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16), PROXSPARSE_SUMS16(32),        \
-                     PROXSPARSE_SUMS16(48));                                                    \
+#define PROXSPARSE_SUMS64(i)                                                  \
+  PROXSPARSE_SUMS16(i), PROXSPARSE_SUMS16(i + 16), PROXSPARSE_SUMS16(i + 32), \
+      PROXSPARSE_SUMS16(i + 48)
+#define PROXSPARSE_PRODUCT(TYPE)                                                                  \
+  if constexpr (kTokens == 8) {                                                                   \
+    PROXSPARSE_WGMMA("8", TYPE, "%0, %1, %2, %3", "%4, %5, %6, %7", "%8", PROXSPARSE_SUMS4(0));   \
+  } else if constexpr (kTokens == 16) {                                                           \
+    PROXSPARSE_WGMMA("16", TYPE, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12",     \
+                     PROXSPARSE_SUMS4(0), PROXSPARSE_SUMS4(4));                                   \
+  } else if constexpr (kTokens == 32) {                                                           \
+    PROXSPARSE_WGMMA("32", TYPE, PROXSPARSE_TEN() "%10, %11, %12, %13, %14, %15",                 \
+                     "%16, %17, %18, %19", "%20", PROXSPARSE_SUMS16(0));                          \
+  } else if constexpr (kTokens == 64) {                                                           \
+    PROXSPARSE_WGMMA("64", TYPE, PROXSPARSE_TEN() PROXSPARSE_TEN(1) PROXSPARSE_TEN(2) "%30, %31", \
+                     "%32, %33, %34, %35", "%36", PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16));   \
+  } else if constexpr (kTokens == 128) {                                                          \
+    PROXSPARSE_WGMMA("128", TYPE, PROXSPARSE_SIXTY "%60, %61, %62, %63", "%64, %65, %66, %67",    \
+                     "%68", PROXSPARSE_SUMS64(0));                                                \
+  } else if constexpr (kTokens == 192) {                                                          \
+    PROXSPARSE_WGMMA("192", TYPE,                                                                 \
+                     PROXSPARSE_SIXTY PROXSPARSE_TEN(6) PROXSPARSE_TEN(7)                         \
+                         PROXSPARSE_TEN(8) "%90, %91, %92, %93, %94, %95",                        \
+                     "%96, %97, %98, %99", "%100", PROXSPARSE_SUMS64(0), PROXSPARSE_SUMS16(64),   \
+                     PROXSPARSE_SUMS16(80));                                                      \
+  } else {                                                                                        \
+    PROXSPARSE_WGMMA("256", TYPE,                                                                 \
+                     PROXSPARSE_SIXTY PROXSPARSE_TEN(6) PROXSPARSE_TEN(7) PROXSPARSE_TEN(8)       \
+                         PROXSPARSE_TEN(9) PROXSPARSE_TEN(10)                                     \
+                             PROXSPARSE_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127", \
+                     "%128, %129, %130, %131", "%132", PROXSPARSE_SUMS64(0),                      \
+                     PROXSPARSE_SUMS64(64));                                                      \
   }
 
 // Begins sum[64 rows, kTokens] += w[64, 32] x[32, kTokens] with a 2:4 w, of which the 16 kept
-// columns and their positions are given; all 128 threads of a warpgroup together. Neither operand
-// nor sum may be touched before `wait_for_products`.
-template <typename T, int kTokens, int kSelector>
+// columns, in a tile with rows of kRowBytes, and their positions are given; without `adds`, the sum
+// begins anew. All 128 threads of a warpgroup together. Neither operand nor sum may be touched
+// before `wait_for_products`.
+template <typename T, int kTokens, int kSelector, int kRowBytes = kTileRowBytes>
 __device__ __forceinline__ void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w,
-                                                  const void* x, std::uint32_t metadata) {
-  static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64 || kTokens == 128);
+                                                  const void* x, std::uint32_t metadata,
+                                                  int adds = 1) {
+  static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64 || kTokens == 128 ||
+                kTokens == 192 || kTokens == 256);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     PROXSPARSE_PRODUCT("bf16.bf16")
   } else {
@@ -188,8 +305,11 @@ __device__ __forceinline__ void multiply_add_2to4(float (&sum)[kTokens / 2], con
 }
 
 #undef PROXSPARSE_PRODUCT
+#undef PROXSPARSE_SUMS64
 #undef PROXSPARSE_SUMS16
 #undef PROXSPARSE_SUMS4
+#undef PROXSPARSE_SIXTY
+#undef PROXSPARSE_TEN
 #undef PROXSPARSE_WGMMA
 
 }  // namespace proxsparse

@@ -11,7 +11,9 @@
 #include "cusparselt.h"
 #include "sparse_linear.h"
 #ifdef PROXSPARSE_HAS_DECODE
+#include "capture.h"
 #include "sparse_linear_decode.h"
+#include "sparse_linear_prefill.h"
 #endif
 
 namespace py = pybind11;
@@ -47,6 +49,17 @@ void decode(int type, int tokens, int k, Address x, std::int64_t x_stride,
   }
   throw std::runtime_error("sparse_linear_decode failed for" + shapes + " and " +
                            std::to_string(tokens) + " tokens: " + error);
+}
+
+// Bytes of workspace that the call needs, if they were too few; else 0.
+std::size_t prefill(const proxsparse::PrefillCall& call) {
+  std::size_t needed_bytes = 0;
+  const char* error = proxsparse::sparse_linear_prefill(call, needed_bytes);
+  if (error == nullptr) return needed_bytes;
+  throw std::runtime_error("sparse_linear_prefill failed for W [" +
+                           std::to_string(call.out_features) + ", " +
+                           std::to_string(call.in_features) + "] and " +
+                           std::to_string(call.tokens) + " tokens: " + error);
 }
 #endif
 
@@ -133,6 +146,32 @@ PYBIND11_MODULE(_cuda, m) {
         for (const auto& of_one : operands) weights.push_back(std::apply(make_weight, of_one));
         decode(type, tokens, k, x, x_stride, weights.data(), static_cast<int>(weights.size()),
                {rows, depth, splits}, may_start_early, stream);
+      },
+      unlocked());
+  m.def("capture_of", [](Address stream) { return proxsparse::capture_of(pointer(stream)); });
+  m.def(
+      "sparse_linear_prefill",
+      [](int type, int tokens, int k, Address x, std::int64_t x_stride, int n, Address values,
+         Address codes, Address bias, Address out, int rows, int tile_tokens, int cluster,
+         bool may_start_early, Address signals, Address workspace, std::size_t workspace_bytes,
+         Address stream) {
+        const bool is_bfloat16 = static_cast<ValueType>(type) == ValueType::kBFloat16;
+        return prefill({pointer(x),
+                        pointer(values),
+                        pointer(codes),
+                        pointer(bias),
+                        pointer(out),
+                        tokens,
+                        k,
+                        n,
+                        x_stride,
+                        is_bfloat16,
+                        {rows, tile_tokens, cluster},
+                        may_start_early,
+                        pointer(workspace),
+                        workspace_bytes,
+                        static_cast<int*>(pointer(signals)),
+                        pointer(stream)});
       },
       unlocked());
 #else

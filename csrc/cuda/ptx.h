@@ -76,6 +76,25 @@ __device__ __forceinline__ void multiply_add_2to4(float (&sum)[4], const std::ui
 
 #undef PROXSPARSE_MMA
 
+// After the thread's warp has written and met, that all of it is there: to the one thread, maybe of
+// another block, that waits for it.
+__device__ __forceinline__ void send_signal(int* signal) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(signal) : "memory");
+}
+
+// And sets it back.
+__device__ __forceinline__ void wait_for_signal(int* signal) {
+  int value = 0;
+  while (value == 0) {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(signal) : "memory");
+  }
+  asm volatile("st.relaxed.gpu.global.b32 [%0], 0;" ::"l"(signal) : "memory");
+}
+
+// What another block wrote before its signal: not from a cache that may be older.
+__device__ __forceinline__ float4 load_signalled(const float4* from) { return __ldcg(from); }
+
 // Lets the next kernel of the stream start as soon as there is room for it, if it was launched to.
 __device__ __forceinline__ void let_next_grid_start() {
 #if __CUDA_ARCH__ >= 900

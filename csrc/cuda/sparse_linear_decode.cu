@@ -27,7 +27,7 @@
 #include <atomic>
 #include <type_traits>
 
-#include "decode_common.h"
+#include "packed_common.h"
 #include "ptx.h"
 #include "sparse_linear_decode.h"
 
@@ -236,7 +236,7 @@ const char* launch(const DecodeCall& call, const DecodeWeight& weight, int index
                    const Device& device, int splits) {
   using T = typename S::T;
   const int blocks = (weight.out_features + S::kRows - 1) / S::kRows * splits;
-  return launch_decode<S>(
+  return launch_kernel<S>(
       sparse_linear_decode_kernel<S>, call, device, index, blocks, splits, S::kThreads,
       S::kSharedBytes, static_cast<const T*>(call.x), static_cast<const T*>(weight.values),
       static_cast<const std::uint8_t*>(weight.codes), static_cast<const T*>(weight.bias),

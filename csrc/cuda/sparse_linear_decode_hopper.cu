@@ -20,8 +20,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "decode_common.h"
 #include "hopper.h"
+#include "packed_common.h"
 #include "sparse_linear_decode.h"
 
 namespace proxsparse {
@@ -67,20 +67,6 @@ struct Weight {
 template <typename T>
 struct Weights {
   Weight<T> of[kMaxDecodeWeights];
-};
-
-// Where in the ring chunk `index` is, and the parity of its turn.
-struct Turn {
-  int stage = 0;
-  unsigned parity = 0;
-
-  __device__ void advance(int by, int stages) {
-    stage += by;
-    if (stage >= stages) {
-      stage -= stages;
-      parity ^= 1;
-    }
-  }
 };
 
 template <typename S>
@@ -257,7 +243,7 @@ const char* launch(const DecodeCall& call, int index, const Device& device,
   }
   if (error != nullptr) return error;
   const int token_tiles = (call.tokens + S::kTokens - 1) / S::kTokens;
-  return launch_decode<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index,
+  return launch_kernel<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index,
                           row_tiles * token_tiles * layout.splits, layout.splits, kThreads,
                           kStagesAt + stages * S::kStageBytes, x, weights, call.tokens,
                           call.in_features, token_tiles, layout.splits, stages);

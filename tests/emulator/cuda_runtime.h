@@ -8,6 +8,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
@@ -18,9 +19,13 @@
 inline void __syncthreads() { emulator::wait_at(emulator::current->block->barrier); }
 inline void __syncwarp() { emulator::wait_at(emulator::current->warp->barrier); }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
 
 struct uint2 {
   std::uint32_t x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };
 // Byte i of the result is the one of (low, high), of 8 bytes, that nibble i of the selector names.
 inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {

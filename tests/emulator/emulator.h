@@ -3,8 +3,8 @@
 // Each CUDA thread is a fiber. It runs until it meets a barrier (of its warp, block or cluster, or
 // one in shared memory), so a kernel that lacks one goes wrong here as it may there. Two switches
 // make the usual races show: asynchronous copies land either at once or as late as they may, and
-// warps take turns in ascending order, or each runs as far as it gets, the last one first. Timing,
-// bank conflicts and memory models are not emulated.
+// warps take turns in ascending order, or each block, and of it each warp, runs as far as it gets,
+// the last one first. Timing, bank conflicts and memory models are not emulated.
 #pragma once
 
 #include <ucontext.h>
@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -67,6 +68,7 @@ struct Groups {
 struct Block {
   std::vector<unsigned char> memory;
   Barrier barrier;
+  std::map<int, Barrier> of_warpgroups;
   unsigned index = 0;
   int running = 0;  // threads; the memory is gone when none is left
 };
@@ -84,7 +86,9 @@ struct Fiber {
   unsigned thread = 0;
   bool done = false;
   Groups<Copy> copies;
-  Groups<std::function<void()>> products;  // of a warpgroup
+  Groups<std::function<void()>> products;     // of a warpgroup
+  Groups<std::function<void()>> stores;       // of tiles, to device memory
+  std::vector<std::function<void()>> writes;  // to shared memory, that stores do not see yet
 };
 
 struct Cluster {
@@ -157,25 +161,40 @@ inline bool run_grid(unsigned num_blocks, unsigned num_threads, unsigned cluster
       for (const Fiber& fiber : fibers) total += fiber.done;
       return total;
     };
+    // Warp w until it waits, or as far as it gets; whether it is done.
+    const auto run_warp = [&](std::size_t w) {
+      bool is_done;
+      std::uint64_t reached;
+      do {
+        reached = progress();
+        is_done = true;
+        for (std::size_t i = 0; i < 32; ++i) {
+          Fiber& fiber = fibers[32 * w + (settings.descending ? 31 - i : i)];
+          if (fiber.done) continue;
+          current = &fiber;
+          swapcontext(&scheduler, &fiber.context);
+          is_done = is_done && fiber.done;
+        }
+      } while (settings.descending && reached != progress());
+      return is_done;
+    };
+    const std::size_t warps_of_block = num_threads / 32;
     for (;;) {
       const std::uint64_t before = progress();
       bool all_done = true;
-      for (std::size_t w = 0; w < warps.size(); ++w) {
-        const std::size_t warp_first = 32 * (settings.descending ? warps.size() - 1 - w : w);
-        bool warp_done;
+      for (std::size_t b = 0; b < cluster_size; ++b) {
+        const std::size_t block = settings.descending ? cluster_size - 1 - b : b;
+        bool is_done;
         std::uint64_t reached;
         do {
           reached = progress();
-          warp_done = true;
-          for (std::size_t i = 0; i < 32; ++i) {
-            Fiber& fiber = fibers[warp_first + (settings.descending ? 31 - i : i)];
-            if (fiber.done) continue;
-            current = &fiber;
-            swapcontext(&scheduler, &fiber.context);
-            warp_done = warp_done && fiber.done;
+          is_done = true;
+          for (std::size_t i = 0; i < warps_of_block; ++i) {
+            const std::size_t w = settings.descending ? warps_of_block - 1 - i : i;
+            is_done = run_warp(block * warps_of_block + w) && is_done;
           }
         } while (settings.descending && reached != progress());
-        all_done = all_done && warp_done;
+        all_done = all_done && is_done;
       }
       if (all_done) break;
       if (progress() == before) return false;

@@ -17,13 +17,13 @@ constexpr int kTileRowBytes = 128, kTileAlignment = 1024;
 struct TileMap {
   const unsigned char* data;
   std::int64_t rows, columns, row_stride;
-  int tile_rows;
+  int tile_rows, row_bytes;
 };
 
 inline const char* describe_tiles(TileMap* map, const void* data, std::int64_t rows,
                                   std::int64_t columns, std::int64_t row_stride, int tile_rows,
-                                  bool) {
-  *map = {static_cast<const unsigned char*>(data), rows, columns, row_stride, tile_rows};
+                                  bool, int row_bytes = kTileRowBytes) {
+  *map = {static_cast<const unsigned char*>(data), rows, columns, row_stride, tile_rows, row_bytes};
   return nullptr;
 }
 
@@ -66,6 +66,23 @@ inline void arrive(Barrier* barrier) {
   emulator::yield();  // whoever waited for this may now go on before this thread does
 }
 
+// The same place in the memory of block `rank` of the cluster, which must not have ended.
+inline unsigned char* at_block(int rank, const void* mine) {
+  emulator::Block& block = emulator::cluster->blocks[rank];
+  if (block.running == 0) std::abort();
+  return block.memory.data() + (static_cast<const unsigned char*>(mine) - dynamic_shared_memory());
+}
+
+inline void arrive_at(int rank, Barrier* barrier) {
+  arrive(reinterpret_cast<Barrier*>(at_block(rank, barrier)));
+}
+
+inline bool has_ended(Barrier* barrier, unsigned parity) {
+  BarrierState& state = barriers.at(barrier);
+  look_at(state);
+  return state.phase % 2 != parity;
+}
+
 inline void wait_for_phase(Barrier* barrier, unsigned parity) {
   while (true) {
     // A phase shows by its parity alone: whoever waits for the next but one may go on too early.
@@ -87,33 +104,115 @@ inline void copy_for(BarrierState& state, void* to, const void* from, int bytes,
   }
 }
 
-// The byte of shared memory in which byte `offset` of it lies when its tile's pieces are exchanged.
-inline unsigned char* exchanged(std::ptrdiff_t offset) {
-  return dynamic_shared_memory() + (offset ^ (offset >> 7 & 7) << 4);
+// Where byte `offset` of shared memory lies when the pieces of its tile are exchanged.
+inline std::ptrdiff_t exchanged(std::ptrdiff_t offset, int row_bytes) {
+  return offset ^ (offset >> 7 & (row_bytes / kPiece - 1)) << 4;
 }
 
 inline std::ptrdiff_t offset_of(const void* p) {
   return static_cast<const unsigned char*>(p) - dynamic_shared_memory();
 }
 
-inline void copy_tile(void* to, const TileMap& map, int row, int column, Barrier* barrier) {
-  BarrierState& state = barriers.at(barrier);
-  const std::ptrdiff_t offset = offset_of(to);
+// Calls visit(piece of shared memory, piece of the matrix or null) for all of a tile.
+template <class Visit>
+void visit_tile(const void* tile, const TileMap& map, int row, int column, Visit&& visit) {
+  const std::ptrdiff_t offset = offset_of(tile);
   if (offset % kTileAlignment) std::abort();
   for (int i = 0; i < map.tile_rows; ++i) {
-    for (int piece = 0; piece < kTileRowBytes / kPiece; ++piece) {
+    for (int piece = 0; piece < map.row_bytes / kPiece; ++piece) {
       const std::int64_t r = row + i, c = column + piece * 8;
       const bool exists = r < map.rows && c < map.columns;
-      copy_for(state, exchanged(offset + i * kTileRowBytes + piece * kPiece),
-               exists ? map.data + 2 * (r * map.row_stride + c) : nullptr, exists ? kPiece : 0,
-               kPiece);
+      const std::ptrdiff_t at = offset + i * map.row_bytes + piece * kPiece;
+      visit(dynamic_shared_memory() + exchanged(at, map.row_bytes),
+            exists ? map.data + 2 * (r * map.row_stride + c) : nullptr);
     }
   }
+}
+
+inline void copy_tile_to_cluster(void* to, const TileMap& map, int row, int column,
+                                 Barrier* barrier, std::uint16_t blocks) {
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    BarrierState& state = barriers.at(reinterpret_cast<Barrier*>(at_block(rank, barrier)));
+    visit_tile(to, map, row, column, [&](unsigned char* piece, const unsigned char* from) {
+      copy_for(state, at_block(rank, piece), from, from == nullptr ? 0 : kPiece, kPiece);
+    });
+  }
+}
+
+inline void copy_tile(void* to, const TileMap& map, int row, int column, Barrier* barrier) {
+  BarrierState& state = barriers.at(barrier);
+  visit_tile(to, map, row, column, [&](unsigned char* piece, const unsigned char* from) {
+    copy_for(state, piece, from, from == nullptr ? 0 : kPiece, kPiece);
+  });
 }
 
 inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
   copy_for(barriers.at(barrier), to, from, bytes, bytes);
 }
+
+inline void store_tile(const TileMap& map, int row, int column, const void* from) {
+  const auto store = [=] {
+    visit_tile(from, map, row, column, [](const unsigned char* piece, const unsigned char* to) {
+      if (to != nullptr) std::memcpy(const_cast<unsigned char*>(to), piece, kPiece);
+    });
+  };
+  if (emulator::settings.copies_land_early) {
+    store();
+  } else {
+    emulator::current->stores.open.push_back(store);
+  }
+}
+
+inline void commit_stores() { emulator::current->stores.commit(); }
+template <int kPending>
+void wait_for_stores() {
+  emulator::current->stores.wait(kPending);
+}
+inline void show_to_stores() {
+  for (const auto& write : emulator::current->writes) write();
+  emulator::current->writes.clear();
+}
+
+inline void store_transposed(void* piece, const std::uint32_t (&fragment)[4]) {
+  const std::uint64_t mine[5] = {reinterpret_cast<std::uintptr_t>(piece), fragment[0], fragment[1],
+                                 fragment[2], fragment[3]};
+  std::uint64_t all[32][5];
+  exchange(mine, all);
+  const unsigned lane = emulator::current->thread % 32;
+  for (unsigned row = 0; row < 8; ++row) {  // a thread writes what it points to
+    const std::uint64_t word = all[row * 4 + lane % 8 / 2][1 + lane / 8];
+    const auto element = static_cast<std::uint16_t>(word >> (16 * (lane % 2)));
+    emulator::current->writes.push_back([=, to = static_cast<unsigned char*>(piece) + 2 * row] {
+      std::memcpy(to, &element, sizeof element);
+    });
+  }
+}
+
+inline void synchronize_warpgroup(int warpgroup) {
+  emulator::Barrier& barrier = emulator::current->block->of_warpgroups[warpgroup];
+  barrier.size = 128;
+  ++emulator::arrivals;
+  emulator::wait_at(barrier);
+}
+
+template <typename T>
+std::uint32_t round_pair(float first, float second) {
+  T pair[2];
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    pair[0] = __float2bfloat16_rn(first), pair[1] = __float2bfloat16_rn(second);
+  } else {
+    pair[0] = __float2half_rn(first), pair[1] = __float2half_rn(second);
+  }
+  std::uint32_t bits;
+  std::memcpy(&bits, pair, sizeof bits);
+  return bits;
+}
+
+template <int>
+void give_registers() {}
+template <int>
+void take_registers() {}
 
 inline void begin_products() {}
 inline void commit_products() { emulator::current->products.commit(); }
@@ -125,17 +224,17 @@ void wait_for_products() {
 
 inline void keep(std::uint32_t) {}
 
-template <typename T>
+template <typename T, int kRowBytes>
 float element_at(std::ptrdiff_t offset) {
   std::uint16_t bits;
-  std::memcpy(&bits, exchanged(offset), sizeof bits);
+  std::memcpy(&bits, dynamic_shared_memory() + exchanged(offset, kRowBytes), sizeof bits);
   return element<T>(bits, 0);
 }
 
 // Sums and metadata of a warp are those of mma.sp.m16n8k32, for its 16 of the 64 rows.
-template <typename T, int kTokens, int kSelector>
+template <typename T, int kTokens, int kSelector, int kRowBytes = kTileRowBytes>
 void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w, const void* x,
-                       std::uint32_t metadata) {
+                       std::uint32_t metadata, int adds = 1) {
   const std::uint64_t mine[1] = {metadata};
   std::uint64_t all[32][1];
   exchange(mine, all);
@@ -152,16 +251,23 @@ void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w, const void* x,
   }
   const std::ptrdiff_t w_at = offset_of(w), x_at = offset_of(x);
   const auto multiply = [=, low = of_row[0], high = of_row[1], sums = &sum[0]] {
-    for (int i = 0; i < kTokens / 2; ++i) {
-      const int row = warp * 16 + lane / 4 + i % 4 / 2 * 8;
-      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      for (int group = 0; group < 8; ++group) {
-        const int code = (i % 4 / 2 ? high : low) >> (4 * group) & 15;
-        const int kept[2] = {code & 3, code >> 2};
-        if (kept[0] >= kept[1]) sums[i] = NAN;  // undefined on the GPU
-        for (int j = 0; j < 2; ++j) {
-          sums[i] += element_at<T>(w_at + row * kTileRowBytes + 2 * (2 * group + j)) *
-                     element_at<T>(x_at + token * kTileRowBytes + 2 * (4 * group + kept[j]));
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * 16 + lane / 4 + half * 8;
+      float kept[16];
+      int columns[16];
+      for (int j = 0; j < 16; ++j) {
+        const int code = (half ? high : low) >> (4 * (j / 2)) & 15;
+        const bool is_valid = (code & 3) < code >> 2;  // undefined on the GPU if not
+        kept[j] = is_valid ? element_at<T, kRowBytes>(w_at + row * kRowBytes + 2 * j) : NAN;
+        columns[j] = j / 2 * 4 + (j % 2 ? code >> 2 : code & 3);
+      }
+      for (int i = 0; i < kTokens / 2; ++i) {
+        if (i % 4 / 2 != half) continue;
+        const std::ptrdiff_t token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (adds == 0) sums[i] = 0;
+        for (int j = 0; j < 16; ++j) {
+          const std::ptrdiff_t at = x_at + token * kTileRowBytes + 2 * columns[j];
+          sums[i] += kept[j] * element_at<T, kTileRowBytes>(at);
         }
       }
     }

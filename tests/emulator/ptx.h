@@ -19,6 +19,13 @@ inline void copy_tokens(void* to, const void* from, bool exists) {
   emulator::copy_later(to, from, exists ? 16 : 0, 16);
 }
 
+inline void send_signal(int* signal) { *signal = 1; }
+inline void wait_for_signal(int* signal) {
+  while (*signal == 0) emulator::yield();
+  *signal = 0;
+}
+inline float4 load_signalled(const float4* from) { return *from; }
+
 inline void commit_copies() { emulator::current->copies.commit(); }
 
 template <int kPending>

@@ -3,11 +3,10 @@
 
 #include "emulator.h"
 
-extern "C" const char* decode(const void* x, const proxsparse::DecodeWeight* weights,
-                              int num_weights, int tokens, int in_features, std::int64_t x_stride,
-                              bool is_bfloat16, int rows, int depth, int splits,
-                              bool copies_land_early, bool descending, int device, int shared_bytes,
-                              int major) {
+extern "C" __attribute__((visibility("default"))) const char* decode(
+    const void* x, const proxsparse::DecodeWeight* weights, int num_weights, int tokens,
+    int in_features, std::int64_t x_stride, bool is_bfloat16, int rows, int depth, int splits,
+    bool copies_land_early, bool descending, int device, int shared_bytes, int major) {
   // The library asks a device for its properties once: another size must be another device.
   emulator::settings.device = device;
   emulator::settings.copies_land_early = copies_land_early;

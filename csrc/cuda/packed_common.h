@@ -1,5 +1,5 @@
-// What the kernels of sparse_linear_decode share: the form of the weight, the last sums, the
-// device.
+// What the kernels that read packed weights share: the form of the weight, the last sums of
+// sparse_linear_decode, the device.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -50,6 +50,20 @@ __device__ __forceinline__ std::uint32_t metadata_of(const unsigned char* codes,
   const std::uint32_t low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
   return __byte_perm(low | low >> 4, high | high >> 4, 0x6420);
 }
+
+// Where in a ring of chunks a chunk is, and the parity of its turn.
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ void advance(int by, int stages) {
+    stage += by;
+    if (stage >= stages) {
+      stage -= stages;
+      parity ^= 1;
+    }
+  }
+};
 
 template <typename T>
 struct alignas(2 * sizeof(T)) Pair {
@@ -137,11 +151,11 @@ inline const Device* current_device(int& index) {
 // `sparse_linear_decode` on the current device, which is a Hopper GPU.
 const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device);
 
-// Queues a kernel of the shape S on so many blocks, of which `splits` are a cluster.
-template <typename S, typename... Parameters, typename... Arguments>
-const char* launch_decode(void (*kernel)(Parameters...), const DecodeCall& call,
-                          const Device& device, int index, int blocks, int splits, int threads,
-                          int shared_bytes, Arguments... arguments) {
+// Queues a kernel of the shape S on so many blocks, of which each `cluster` are one.
+template <typename S, typename Call, typename... Parameters, typename... Arguments>
+const char* launch_kernel(void (*kernel)(Parameters...), const Call& call, const Device& device,
+                          int index, int blocks, int cluster, int threads, int shared_bytes,
+                          Arguments... arguments) {
   static std::atomic<std::uint64_t> allowed{0};  // devices on which the kernel may use its memory
   const std::uint64_t bit = std::uint64_t{1} << index;
   if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
@@ -162,11 +176,11 @@ const char* launch_decode(void (*kernel)(Parameters...), const DecodeCall& call,
     early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early_start.val.programmaticStreamSerializationAllowed = 1;
   }
-  if (splits > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = splits;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  if (cluster > 1) {
+    cudaLaunchAttribute& together = attributes[config.numAttrs++];
+    together.id = cudaLaunchAttributeClusterDimension;
+    together.val.clusterDim.x = cluster;
+    together.val.clusterDim.y = together.val.clusterDim.z = 1;
   }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

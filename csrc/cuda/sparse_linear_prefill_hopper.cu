@@ -1,0 +1,480 @@
+// `sparse_linear_prefill`: the product with a packed 2:4 weight for many tokens, on Hopper.
+//
+// The product of 64 rows, 32 columns and 256 tokens reads 18 KB of shared memory, of which 16 KB
+// can be read in its time at the peak: so shared memory is the bound, then copies through the L2
+// cache, then power. Tiles are as large as registers allow, and results leave through shared memory
+// in whole lines, by copies that nobody waits for.
+//
+// Two warpgroups multiply, 64 or twice 64 rows each; 64 columns of tokens, values and codes are a
+// stage of a ring that both share, and the products of two stages are under way. A third warpgroup
+// asks for copies: one thread for the weight, one for tokens. The two blocks of a cluster take
+// tiles above each other and load half of their tokens each, for both.
+//
+// Blocks stay for all tiles, and the ring runs on from one to the next: while results are stored,
+// the next tile's operands land. Tiles seldom fill whole waves. So those beyond the last but one
+// are shared out by columns (as in stream-K, Osama et al. 2023, arXiv:2301.03598): all blocks get
+// equal parts of them, and who has the last columns of a tile adds what others have summed.
+//
+// Every sum has a fixed order: results are bitwise reproducible.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "hopper.h"
+#include "packed_common.h"
+#include "sparse_linear_prefill.h"
+
+namespace proxsparse {
+namespace {
+
+constexpr int kValueRowBytes = kStep;              // a row of values of a stage: 32 of 16 bits
+constexpr int kSliceRows = kCodeRows;              // of one product
+constexpr int kCodeBytes = kStep * kCodeRows / 8;  // of a stage and a slice
+constexpr int kStagesAt = 1024;                    // before them, two barriers for each
+constexpr int kWarpgroups = 2;                     // that multiply
+constexpr int kCopyRegisters = 40, kSumRegisters = 232;  // of a thread
+constexpr int kMostColumnsAtOnce = 6144;  // so that what is read stays in the L2 cache
+constexpr int kBand = 8;                  // token tiles that are walked together, see `Tiles`
+
+// Results leave 32 tokens at a time, the 64 rows of a slice a row of a tile. More memory is better
+// spent on stages.
+constexpr int kStoredTokens = 32, kBufferBytes = kStoredTokens * kTileRowBytes, kBuffers = 2;
+
+// The constants of one kernel.
+template <typename Scalar, int rows, int tokens>
+struct Shape {
+  using T = Scalar;
+  static constexpr int kRows = rows, kTokens = tokens, kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kSlices = rows / kSliceRows / kWarpgroups;  // of a warpgroup
+  static constexpr int kSums = kSlices * tokens / 2;               // of a thread
+
+  // Of a stage: tokens, then values, then codes.
+  static constexpr int kValuesAt = tokens * kTileRowBytes;
+  static constexpr int kCodesAt = kValuesAt + rows * kValueRowBytes;
+  static constexpr int kBytes = kCodesAt + rows / kSliceRows * kCodeBytes;
+  static constexpr int kStageBytes =
+      (kBytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+  // As many stages as there is room for beside the buffers of results.
+  static constexpr int kMostSharedBytes = 227 * 1024;
+  static constexpr int kStages = std::min(
+      (kMostSharedBytes - kStagesAt - kBuffers * kWarpgroups * kBufferBytes) / kStageBytes, 8);
+  static constexpr int kBuffersAt = kStagesAt + kStages * kStageBytes;
+  static constexpr int kSharedBytes = kBuffersAt + kBuffers * kWarpgroups * kBufferBytes;
+};
+
+// The tiles of the result. They run along the rows in bands of a few token tiles, so that what runs
+// together shares both operands in the L2 cache about evenly.
+struct Tiles {
+  int row_tiles, token_tiles;  // row tiles of a whole cluster
+
+  __host__ __device__ int count() const { return row_tiles * token_tiles; }
+
+  struct Place {
+    int row, token;
+  };
+  __device__ Place operator[](int index) const {
+    const int band = index / (row_tiles * kBand), in_band = index % (row_tiles * kBand);
+    const int width = min(kBand, token_tiles - band * kBand);
+    return {in_band / width, band * kBand + in_band % width};
+  }
+};
+
+// Chunks of columns of one tile, [first, last).
+struct Segment {
+  int tile, first, last;
+};
+
+// What one cluster computes, in its order. Of the first tiles, which are shared, it has an equal
+// part, [begin, end) of their chunks; of the others every so many-th, as all others have at the
+// same time. First comes the end of its part, because the cluster after this one waits for it. The
+// rest of it comes last, or second. If it comes last, clusters are out of step in between, by the
+// lengths of those ends: then they do not store results all at once, but read all columns at once.
+struct Work {
+  int begin, end, chunks, next_tile, tiles, clusters;
+  bool is_out_of_step, has_begun = false;
+
+  // The first of the shared chunks that are the cluster's.
+  static __device__ int begin_of(int cluster, int clusters, int shared_tiles, int chunks) {
+    return static_cast<int>(std::int64_t{shared_tiles} * chunks * cluster / clusters);
+  }
+
+  __device__ bool next(Segment& segment) {
+    const bool takes_part = begin < end && (!is_out_of_step || !has_begun || next_tile >= tiles);
+    has_begun = true;
+    if (takes_part) {
+      const int tile = (end - 1) / chunks, first = max(begin - tile * chunks, 0);
+      segment = {tile, first, end - tile * chunks};
+      end = tile * chunks + first;
+      return true;
+    }
+    segment = {next_tile, 0, chunks};
+    next_tile += clusters;
+    return segment.tile < tiles;
+  }
+};
+
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    sparse_linear_prefill_kernel(const __grid_constant__ TileMap x,
+                                 const __grid_constant__ TileMap values,
+                                 const __grid_constant__ TileMap y, const std::uint8_t* codes,
+                                 const typename S::T* bias, int N, int K, Tiles tiles,
+                                 int shared_tiles, bool is_out_of_step, int cluster, int clusters,
+                                 float4* partial, int* signals) {
+  using T = typename S::T;
+  unsigned char* shared = dynamic_shared_memory();
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warpgroup = thread / 128;
+  const int part = blockIdx.x % cluster, me = blockIdx.x / cluster;
+  const int chunks = K / kStep;
+  Barrier* landed = reinterpret_cast<Barrier*>(shared);
+  Barrier* read = landed + S::kStages;
+  unsigned char* ring = shared + kStagesAt;
+  if (thread == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      make_barrier(landed + i, 1);
+      make_barrier(read + i, cluster * kWarpgroups * 4);
+    }
+    show_barriers();
+  }
+  __syncthreads();
+  if (cluster > 1) synchronize_cluster();
+  let_next_grid_start();
+  const auto shared_begin = [&](int of) {
+    return Work::begin_of(of, clusters, shared_tiles, chunks);
+  };
+  Work work = {shared_begin(me), shared_begin(me + 1), chunks, shared_tiles + me, tiles.count(),
+               clusters,         is_out_of_step};
+  Segment segment;
+  Turn turn;
+
+  if (warpgroup == kWarpgroups) {  // asks for copies
+    give_registers<kCopyRegisters>();
+    // Visits all chunks as soon as their stage has been read by all, which it is from the
+    // beginning.
+    const auto for_all_chunks = [&](const auto& copy) {
+#pragma unroll 1
+      while (work.next(segment)) {
+        const Tiles::Place place = tiles[segment.tile];
+#pragma unroll 1
+        for (int chunk = segment.first; chunk < segment.last; ++chunk) {
+          wait_for_phase(read + turn.stage, turn.parity ^ 1);
+          copy(place, chunk, ring + turn.stage * S::kStageBytes);
+          turn.advance(1, S::kStages);
+        }
+      }
+    };
+    // The weight does not depend on the kernel before, so its first chunks are under way while that
+    // one ends; the tokens may be what it writes. Tiles past the last row or token are zeros, of
+    // the full size. Codes are not a matrix: of rows past the last those of the last tile are read,
+    // which selects among zeros.
+    if (thread == 128 * kWarpgroups) {
+      for_all_chunks([&](const Tiles::Place& place, int chunk, unsigned char* at) {
+        Barrier* barrier = landed + turn.stage;
+        const int row = (place.row * cluster + part) * S::kRows;
+        arrive_and_expect(barrier, S::kBytes);
+        copy_tile(at + S::kValuesAt, values, row, chunk * kStep / 2, barrier);
+#pragma unroll
+        for (int i = 0; i < S::kRows / kSliceRows; ++i) {
+          const std::int64_t code_row = min(row + i * kCodeRows, N - 1) / kCodeRows;
+          copy_bytes(at + S::kCodesAt + i * kCodeBytes,
+                     codes + (code_row * chunks + chunk) * kCodeBytes, kCodeBytes, barrier);
+        }
+      });
+    } else if (thread == 128 * kWarpgroups + 32) {
+      wait_for_previous_grid();
+      for_all_chunks([&](const Tiles::Place& place, int chunk, unsigned char* at) {
+        Barrier* barrier = landed + turn.stage;
+        const int token = place.token * S::kTokens + part * (S::kTokens / cluster);
+        if (cluster == 1) {
+          copy_tile(at, x, token, chunk * kStep, barrier);
+        } else {
+          copy_tile_to_cluster(at + part * (S::kValuesAt / cluster), x, token, chunk * kStep,
+                               barrier, (1 << cluster) - 1);
+        }
+      });
+    }
+  } else {
+    take_registers<kSumRegisters>();
+    wait_for_previous_grid();  // memory to write to may be that kernel's
+    const CodePlace place = code_place(0, warp % 4, lane);
+    const int first_slice = warpgroup * S::kSlices;
+    const int codes_at =
+        S::kCodesAt + first_slice * kCodeBytes + place.piece * kPiece + place.offset;
+    const int values_at = S::kValuesAt + first_slice * kSliceRows * kValueRowBytes;
+    // Where a buffer has the 8 rows of one token that this thread points to.
+    unsigned char* buffers = shared + S::kBuffersAt + warpgroup * kBuffers * kBufferBytes;
+    const int stored_token = lane / 16 * 8 + lane % 8;
+    const int stored_piece = (warp % 4 * 2 + lane / 8 % 2) ^ stored_token % 8;
+    const int stored_at = stored_token * kTileRowBytes + stored_piece * kPiece;
+    const bool stores = thread % 128 == 0;
+    int buffer = 0;
+
+    float sums[S::kSlices][S::kTokens / 2];
+    std::uint32_t metadata[2][S::kSlices] = {};  // of this chunk and of the one before
+    int before = 0;                              // the stage whose products may be under way
+    const auto release = [&](int stage) {        // to all blocks that copy to it
+      if (cluster == 1) {
+        if (lane == 0) arrive(read + stage);
+      } else {
+        if (lane < cluster) arrive_at(lane, read + stage);
+      }
+    };
+    const auto keep_all = [&](const std::uint32_t (&values)[S::kSlices]) {
+#pragma unroll
+      for (int i = 0; i < S::kSlices; ++i) keep(values[i]);
+    };
+    const auto multiply = [&](bool is_first, int mine) {
+      wait_for_phase(landed + turn.stage, turn.parity);
+      const unsigned char* stage = ring + turn.stage * S::kStageBytes;
+      std::uint32_t (&of_slices)[S::kSlices] = metadata[mine];
+#pragma unroll
+      for (int i = 0; i < S::kSlices; ++i) {
+        of_slices[i] = metadata_of(stage + codes_at + i * kCodeBytes, lane % 2);
+      }
+      begin_products();
+#pragma unroll
+      for (int i = 0; i < S::kSlices; ++i) {
+        const unsigned char* w = stage + values_at + i * kSliceRows * kValueRowBytes;
+        multiply_add_2to4<T, S::kTokens, 0, kValueRowBytes>(sums[i], w, stage, of_slices[i],
+                                                            !is_first);
+      }
+#pragma unroll
+      for (int i = 0; i < S::kSlices; ++i) {
+        const unsigned char* w = stage + values_at + i * kSliceRows * kValueRowBytes;
+        multiply_add_2to4<T, S::kTokens, 1, kValueRowBytes>(sums[i], w + 32, stage + 64,
+                                                            of_slices[i]);
+      }
+      commit_products();
+      wait_for_products<1>();
+      keep_all(metadata[1 - mine]);
+      if (!is_first) release(before);
+      before = turn.stage;
+      turn.advance(1, S::kStages);
+    };
+    // What a warp has summed, 16 bytes of each thread after each other.
+    const auto partial_of = [&](int block) {
+      return partial +
+             static_cast<std::int64_t>(block * kWarpgroups * 4 + warp) * (32 * S::kSums / 4) + lane;
+    };
+    const auto signal_of = [&](int block) { return signals + block * kWarpgroups * 4 + warp; };
+
+    while (work.next(segment)) {
+      int chunk = segment.first;
+      for (; chunk + 1 < segment.last; chunk += 2) {
+        multiply(chunk == segment.first, 0);
+        multiply(false, 1);
+      }
+      if (chunk < segment.last) multiply(chunk == segment.first, 0);
+
+      // While the last products are under way.
+      const Tiles::Place tile = tiles[segment.tile];
+      const int row = (tile.row * cluster + part) * S::kRows + first_slice * kSliceRows;
+      float row_bias[S::kSlices][2] = {};
+#pragma unroll
+      for (int i = 0; i < 2 * S::kSlices; ++i) {
+        const int n = row + i / 2 * kSliceRows + warp % 4 * 16 + lane / 4 + i % 2 * 8;
+        if (bias != nullptr && n < N) row_bias[i / 2][i % 2] = to_float(bias[n]);
+      }
+      wait_for_products<0>();
+      keep_all(metadata[0]);
+      keep_all(metadata[1]);
+      release(before);
+
+      if (segment.last < chunks) {  // the rest is another's, who waits for this
+        float4* to = partial_of(blockIdx.x);
+#pragma unroll
+        for (int i = 0; i < S::kSums; i += 4) {
+          const float* sum = &sums[i / (S::kTokens / 2)][i % (S::kTokens / 2)];
+          to[8 * i] = {sum[0], sum[1], sum[2], sum[3]};
+        }
+        __syncwarp();
+        if (lane == 0) send_signal(signal_of(blockIdx.x));
+        continue;
+      }
+      for (int other = me, begin = segment.first; begin > 0;) {
+        --other;
+        begin = shared_begin(other) - segment.tile * chunks;
+        const int block = other * cluster + part;
+        if (lane == 0) wait_for_signal(signal_of(block));
+        __syncwarp();
+        const float4* from = partial_of(block);
+#pragma unroll
+        for (int i = 0; i < S::kSums; i += 4) {
+          const float4 added = load_signalled(from + 8 * i);
+          float* sum = &sums[i / (S::kTokens / 2)][i % (S::kTokens / 2)];
+          sum[0] += added.x;
+          sum[1] += added.y;
+          sum[2] += added.z;
+          sum[3] += added.w;
+        }
+      }
+
+#pragma unroll
+      for (int first = 0; first < S::kSlices * S::kTokens; first += kStoredTokens) {
+        const int slice = first / S::kTokens, first_token = first % S::kTokens;
+        unsigned char* results = buffers + buffer * kBufferBytes;
+#pragma unroll
+        for (int token = 0; token < kStoredTokens; token += 16) {
+          std::uint32_t fragment[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* sum = &sums[slice][(first_token + token + i / 2 * 8) / 2 + i % 2 * 2];
+            const float more = row_bias[slice][i % 2];
+            fragment[i] = round_pair<T>(sum[0] + more, sum[1] + more);
+          }
+          store_transposed(results + token * kTileRowBytes + stored_at, fragment);
+        }
+        show_to_stores();
+        // The next buffer is free when its last store has read it.
+        if (stores) wait_for_stores<kBuffers - 2>();
+        synchronize_warpgroup(warpgroup);
+        if (stores) {
+          store_tile(y, tile.token * S::kTokens + first_token, row + slice * kSliceRows, results);
+          commit_stores();
+        }
+        buffer = buffer + 1 == kBuffers ? 0 : buffer + 1;
+      }
+    }
+    if (stores) wait_for_stores<0>();
+  }
+  __syncwarp();
+  // A block's memory must outlive what the other one copies to it and arrives at.
+  if (cluster > 1) synchronize_cluster();
+}
+
+// How a product is laid out: tiles, the clusters that compute them, and how many tiles they share.
+struct Plan {
+  PrefillLayout layout;
+  Tiles tiles;
+  int clusters = 0, shared_tiles = 0;
+
+  std::size_t workspace_bytes() const {
+    if (shared_tiles == 0) return 0;
+    return std::size_t{4} * layout.rows * layout.tokens * clusters * layout.cluster;
+  }
+};
+
+template <typename S>
+const char* launch(const PrefillCall& call, int index, const Device& device, const Plan& plan) {
+  using T = typename S::T;
+  const int cluster = plan.layout.cluster;
+  TileMap x, values, y;
+  const char* error = describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride,
+                                     S::kTokens / cluster, call.is_bfloat16);
+  if (error == nullptr) {
+    error = describe_tiles(&values, call.values, call.out_features, call.in_features / 2,
+                           call.in_features / 2, S::kRows, call.is_bfloat16, kValueRowBytes);
+  }
+  if (error == nullptr) {
+    error = describe_tiles(&y, call.y, call.tokens, call.out_features, call.out_features,
+                           kStoredTokens, call.is_bfloat16);
+  }
+  if (error != nullptr) return error;
+  return launch_kernel<S>(
+      sparse_linear_prefill_kernel<S>, call, device, index, plan.clusters * cluster, cluster,
+      S::kThreads, S::kSharedBytes, x, values, y, static_cast<const std::uint8_t*>(call.codes),
+      static_cast<const T*>(call.bias), call.out_features, call.in_features, plan.tiles,
+      plan.shared_tiles, call.in_features <= kMostColumnsAtOnce, cluster, plan.clusters,
+      static_cast<float4*>(call.workspace), call.signals);
+}
+
+// The layouts, and about how many clocks a stage takes on an H200: with these constants the plan
+// takes 2 % longer than the best layout does, on average over nine weights and five token counts.
+struct Candidate {
+  PrefillLayout layout;
+  double clocks;
+};
+constexpr Candidate kCandidates[] = {
+    {{256, 192, 2}, 960}, {{256, 192, 1}, 980}, {{128, 256, 2}, 660}, {{128, 256, 1}, 700},
+    {{128, 128, 2}, 500}, {{128, 128, 1}, 420}, {{128, 64, 2}, 400},  {{128, 64, 1}, 350},
+};
+// To store results; for a sum that is passed on, to write it, and to wait for it and add it.
+constexpr double kTileClocks = 2000, kPartClocks = 4000, kAddClocks = 3000;
+
+// The plan with the least time.
+Plan make_plan(const PrefillCall& call, const Device& device) {
+  const auto divide = [](int n, int by) { return (n + by - 1) / by; };
+  const auto fits = [](int asked, int value) { return asked == 0 || asked == value; };
+  const int chunks = call.in_features / kStep;
+  Plan best;
+  double least = 0;
+  const auto consider = [&](double clocks, const Plan& plan) {
+    if (best.clusters != 0 && clocks >= least) return;
+    best = plan;
+    least = clocks;
+  };
+  for (const auto& [layout, clocks] : kCandidates) {
+    if (!fits(call.layout.rows, layout.rows) || !fits(call.layout.tokens, layout.tokens) ||
+        !fits(call.layout.cluster, layout.cluster)) {
+      continue;
+    }
+    const Tiles tiles = {divide(call.out_features, layout.rows * layout.cluster),
+                         divide(call.tokens, layout.tokens)};
+    const int count = tiles.count(), most = std::max(device.multiprocessors / layout.cluster, 1);
+    const double whole = chunks * clocks + kTileClocks;
+    consider(divide(count, most) * whole, {layout, tiles, std::min(count, most), 0});
+    if (call.signals == nullptr || count % most == 0) continue;
+    if (count > most) {
+      const int shared = most + count % most;
+      consider((count / most - 1) * whole + divide(shared * chunks, most) * clocks +
+                   2 * kTileClocks + kPartClocks + kAddClocks,
+               {layout, tiles, most, shared});
+      continue;
+    }
+    for (int parts = 2; parts <= 8 && parts <= chunks; ++parts) {
+      const int clusters = std::min(count * parts, most);
+      consider(divide(count * chunks, clusters) * clocks + kTileClocks + kPartClocks +
+                   (divide(clusters, count) - 1) * kAddClocks,
+               {layout, tiles, clusters, count});
+      if (clusters == most) break;
+    }
+  }
+  return best;
+}
+
+template <typename T>
+const char* launch_layout(const PrefillCall& call, int index, const Device& device,
+                          const Plan& plan) {
+  const int rows = plan.layout.rows, tokens = plan.layout.tokens;
+  if (rows == 256) return launch<Shape<T, 256, 192>>(call, index, device, plan);
+  if (tokens == 64) return launch<Shape<T, 128, 64>>(call, index, device, plan);
+  if (tokens == 128) return launch<Shape<T, 128, 128>>(call, index, device, plan);
+  return launch<Shape<T, 128, 256>>(call, index, device, plan);
+}
+
+}  // namespace
+
+const char* sparse_linear_prefill(const PrefillCall& call, std::size_t& needed_bytes) {
+  needed_bytes = 0;
+  if (call.tokens < 1) return "at least one token is needed";
+  if (call.in_features < kStep || call.in_features % kStep != 0) {
+    return "in_features must be a multiple of 64";
+  }
+  if (call.out_features < 8 || call.out_features % 8 != 0) {
+    return "out_features must be a multiple of 8";
+  }
+  const auto misaligned = [](const void* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % kPiece != 0;
+  };
+  if (misaligned(call.x) || misaligned(call.values) || misaligned(call.codes) ||
+      misaligned(call.y) || misaligned(call.workspace) || call.x_stride % 8 != 0) {
+    return "x, its rows, values, codes, y and the workspace must be aligned to 16 bytes";
+  }
+  int index = 0;
+  const Device* device = current_device(index);
+  if (device == nullptr) return "the attributes of the current device cannot be read";
+  if (device->major != 9) return "compute capability 9.0 is needed";
+  const Plan plan = make_plan(call, *device);
+  if (plan.clusters == 0) return "there is no such layout";
+  if (call.workspace_bytes < plan.workspace_bytes()) {
+    needed_bytes = plan.workspace_bytes();
+    return nullptr;
+  }
+  return call.is_bfloat16 ? launch_layout<__nv_bfloat16>(call, index, *device, plan)
+                          : launch_layout<__half>(call, index, *device, plan);
+}
+
+}  // namespace proxsparse
