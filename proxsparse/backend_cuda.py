@@ -434,14 +434,18 @@ class CuSparseLt(_UsesWorkspace):
         return result
 
 
-class Decode:
-    """Calls the kernel for few tokens, in one of its layouts."""
+class _Kernel:
+    """One of our kernels, in one of its layouts, for one weight shape."""
 
     def __init__(
         self, layout: tuple[int, int, int], device: int, dtype: torch.dtype, n: int, k: int
     ) -> None:
         self._layout, self._device, self._code = layout, device, CODES[dtype]
         self._n, self._k = n, k
+
+
+class Decode(_Kernel):
+    """Calls the kernel for few tokens."""
 
     def __call__(
         self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
@@ -458,14 +462,8 @@ class Decode:
         return out
 
 
-class Prefill(_UsesWorkspace):
-    """Calls the kernel for many tokens, in one of its layouts."""
-
-    def __init__(
-        self, layout: tuple[int, int, int], device: int, dtype: torch.dtype, n: int, k: int
-    ) -> None:
-        self._layout, self._code = layout, CODES[dtype]
-        self._n, self._k = n, k
+class Prefill(_Kernel, _UsesWorkspace):
+    """Calls the kernel for many tokens."""
 
     def __call__(
         self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
@@ -473,13 +471,12 @@ class Prefill(_UsesWorkspace):
         """See `sparse_linear_cuda`."""
         x, (values, codes, is_settled) = _aligned(x), _settle(values, codes)
         out = x.new_empty(*x.shape[:-1], self._n)
-        device = x.get_device()
-        stream = _stream(device)
+        stream = _stream(self._device)
         operands = (
             *(self._code, x.numel() // self._k, self._k, x.data_ptr(), self._k),
             *(self._n, values.data_ptr(), codes.data_ptr()),
             *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
-            *(*self._layout, is_settled, _signals(device, stream)),
+            *(*self._layout, is_settled, _signals(self._device, stream)),
         )
         self._launch(_cuda.sparse_linear_prefill, operands, out, stream)
         return out

@@ -101,19 +101,6 @@ __device__ __forceinline__ void wait_for_phase(Barrier* barrier, unsigned parity
   }
 }
 
-// Whether it has ended, without waiting.
-__device__ __forceinline__ bool has_ended(Barrier* barrier, unsigned parity) {
-  unsigned is_over;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(is_over)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return is_over != 0;
-}
-
 // The tile whose first element is at (row, column); its bytes count for the barrier.
 __device__ __forceinline__ void copy_tile(void* to, const TileMap& map, int row, int column,
                                           Barrier* barrier) {

@@ -77,12 +77,6 @@ inline void arrive_at(int rank, Barrier* barrier) {
   arrive(reinterpret_cast<Barrier*>(at_block(rank, barrier)));
 }
 
-inline bool has_ended(Barrier* barrier, unsigned parity) {
-  BarrierState& state = barriers.at(barrier);
-  look_at(state);
-  return state.phase % 2 != parity;
-}
-
 inline void wait_for_phase(Barrier* barrier, unsigned parity) {
   while (true) {
     // A phase shows by its parity alone: whoever waits for the next but one may go on too early.

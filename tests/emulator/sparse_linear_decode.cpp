@@ -8,11 +8,7 @@ extern "C" __attribute__((visibility("default"))) const char* decode(
     int in_features, std::int64_t x_stride, bool is_bfloat16, int rows, int depth, int splits,
     bool copies_land_early, bool descending, int device, int shared_bytes, int major) {
   // The library asks a device for its properties once: another size must be another device.
-  emulator::settings.device = device;
-  emulator::settings.copies_land_early = copies_land_early;
-  emulator::settings.descending = descending;
-  emulator::settings.shared_bytes = shared_bytes;
-  emulator::settings.major = major;
+  emulator::settings = {copies_land_early, descending, device, shared_bytes, 132, major};
   return proxsparse::sparse_linear_decode({x,
                                            weights,
                                            num_weights,

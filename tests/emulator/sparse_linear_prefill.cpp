@@ -10,11 +10,7 @@ extern "C" __attribute__((visibility("default"))) const char* prefill(
     bool copies_land_early, bool descending, int device, int multiprocessors, int major,
     std::size_t* needed_bytes) {
   // The library asks a device for its properties once: others must be another device's.
-  emulator::settings.device = device;
-  emulator::settings.copies_land_early = copies_land_early;
-  emulator::settings.descending = descending;
-  emulator::settings.multiprocessors = multiprocessors;
-  emulator::settings.major = major;
+  emulator::settings = {copies_land_early, descending, device, 227 * 1024, multiprocessors, major};
   return proxsparse::sparse_linear_prefill({x,
                                             values,
                                             codes,
