@@ -69,13 +69,13 @@ __device__ __forceinline__ void arrive(Barrier* barrier) {
                : "memory");
 }
 
-// At the barrier that block `rank` of the cluster has where this one has `barrier`.
-__device__ __forceinline__ void arrive_at(int rank, Barrier* barrier) {
+// `count` times, at the barrier that block `rank` of the cluster has where this one has `barrier`.
+__device__ __forceinline__ void arrive_at(int rank, Barrier* barrier, int count = 1) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
-      "r"(rank)
+      "mbarrier.arrive.shared::cluster.b64 _, [there], %2;\n}" ::"r"(shared_address(barrier)),
+      "r"(rank), "r"(count)
       : "memory");
 }
 
@@ -212,26 +212,49 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// True for one thread of the warp. All 32 ask together.
+__device__ __forceinline__ bool is_elected() {
+  int is;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(is));
+  return is != 0;
+}
+
 // The register stays the value's up to here: products read their metadata at any time until they
 // are waited for, of which the compiler knows nothing.
 __device__ __forceinline__ void keep(std::uint32_t value) { asm volatile("" ::"r"(value)); }
 
-// Names a tile to a product: where it is, how far apart its atoms of 8 rows are, and that its
-// pieces are exchanged.
+// An operand of a product, a tile in shared memory or what lies a multiple of 16 bytes behind its
+// beginning: the low half of the descriptor that names it, so that a sum is all that moving takes.
+struct Operand {
+  std::uint32_t low;
+
+  __device__ __forceinline__ Operand(const void* tile)
+      : low(shared_address(tile) >> 4 | 1u << 16) {}
+  __device__ __forceinline__ Operand operator+(int bytes) const {
+    Operand moved = *this;
+    moved.low += bytes / 16;
+    return moved;
+  }
+};
+
+// With how far apart atoms of 8 rows are, and that their pieces are exchanged.
 template <int kRowBytes = kTileRowBytes>
-__device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
+__device__ __forceinline__ std::uint64_t descriptor(Operand operand) {
   constexpr std::uint64_t kSwizzle = kRowBytes == kTileRowBytes ? 1 : 2;
-  return (shared_address(tile) & 0x3ffff) >> 4 | std::uint64_t{1} << 16 |
-         std::uint64_t{8 * kRowBytes >> 4} << 32 | kSwizzle << 62;
+  return std::uint64_t{8 * kRowBytes >> 4} << 32 | kSwizzle << 62 | operand.low;
 }
 
-#define PROXSPARSE_WGMMA(TOKENS, TYPE, SUMS, REST, ADDS, ...)                                \
-  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS                                \
-               ", 0;\nwgmma.mma_async.sp.sync.aligned.m64n" TOKENS "k32.f32." TYPE " {" SUMS \
-               "}, " REST ", adds, 1, 1, 0, 0;\n}"                                           \
-               : __VA_ARGS__                                                                 \
-               : "l"(tile_descriptor<kRowBytes>(w)), "l"(tile_descriptor(x)), "r"(metadata), \
-                 "n"(kSelector), "r"(adds))
+#define PROXSPARSE_WGMMA(TOKENS, TYPE, SUMS, REST, ADDS, ...)                                      \
+  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS                                      \
+               ", 0;\nwgmma.mma_async.sp.sync.aligned.m64n" TOKENS "k32.f32." TYPE " {" SUMS       \
+               "}, " REST ", adds, 1, 1, 0, 0;\n}"                                                 \
+               : __VA_ARGS__                                                                       \
+               : "l"(descriptor<kRowBytes>(w)), "l"(descriptor(x)), "r"(metadata), "n"(kSelector), \
+                 "r"(adds))
 #define PROXSPARSE_TEN(tens)                                                              \
   "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens \
   "6, %" #tens "7, %" #tens "8, %" #tens "9, "
@@ -279,9 +302,8 @@ __device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
 // begins anew. All 128 threads of a warpgroup together. Neither operand nor sum may be touched
 // before `wait_for_products`.
 template <typename T, int kTokens, int kSelector, int kRowBytes = kTileRowBytes>
-__device__ __forceinline__ void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w,
-                                                  const void* x, std::uint32_t metadata,
-                                                  int adds = 1) {
+__device__ __forceinline__ void multiply_add_2to4(float (&sum)[kTokens / 2], Operand w, Operand x,
+                                                  std::uint32_t metadata, int adds = 1) {
   static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64 || kTokens == 128 ||
                 kTokens == 192 || kTokens == 256);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {

@@ -21,6 +21,18 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The thread's place in its warp, read anew: what `threadIdx` gives, the compiler may keep in local
+// memory across a change of the number of registers, and load in each round of a loop.
+__device__ __forceinline__ int lane_index() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// The warp's place in its block, known to be the same for all its threads: what follows from it is
+// computed once for a warp.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
 // No cache hints: of those, ptxas 13.0 makes instructions for sm_90a that a GPU calls illegal (the
 // descriptor they name is never loaded).
 __device__ __forceinline__ void copy_weight(void* to, const void* from) {

@@ -30,18 +30,17 @@
 namespace proxsparse {
 namespace {
 
-constexpr int kValueRowBytes = kStep;              // a row of values of a stage: 32 of 16 bits
-constexpr int kSliceRows = kCodeRows;              // of one product
+constexpr int kValueRowBytes = kStep;  // a row of values of a stage: 32 of 16 bits
+constexpr int kSliceRows = kCodeRows;  // of one product
+constexpr int kSliceValueBytes = kSliceRows * kValueRowBytes;
 constexpr int kCodeBytes = kStep * kCodeRows / 8;  // of a stage and a slice
-constexpr int kStagesAt = 1024;                    // before them, two barriers for each
-constexpr int kWarpgroups = 2;                     // that multiply
-constexpr int kCopyRegisters = 40, kSumRegisters = 232;  // of a thread
+constexpr int kStagesAt = 1024;                    // before them, barriers and places of tiles
+constexpr int kMostStages = 8;
+constexpr int kStoredTokens = 64, kStoredBytes = kStoredTokens * kTileRowBytes;  // by one store
+constexpr int kWarpgroups = 2;                                                   // that multiply
+constexpr int kCopyRegisters = 40, kSumRegisters = 232;                          // of a thread
 constexpr int kMostColumnsAtOnce = 6144;  // so that what is read stays in the L2 cache
 constexpr int kBand = 8;                  // token tiles that are walked together, see `Tiles`
-
-// Results leave 32 tokens at a time, the 64 rows of a slice a row of a tile. More memory is better
-// spent on stages.
-constexpr int kStoredTokens = 32, kBufferBytes = kStoredTokens * kTileRowBytes, kBuffers = 2;
 
 // The constants of one kernel.
 template <typename Scalar, int rows, int tokens>
@@ -57,12 +56,28 @@ struct Shape {
   static constexpr int kBytes = kCodesAt + rows / kSliceRows * kCodeBytes;
   static constexpr int kStageBytes =
       (kBytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
-  // As many stages as there is room for beside the buffers of results.
+
   static constexpr int kMostSharedBytes = 227 * 1024;
-  static constexpr int kStages = std::min(
-      (kMostSharedBytes - kStagesAt - kBuffers * kWarpgroups * kBufferBytes) / kStageBytes, 8);
-  static constexpr int kBuffersAt = kStagesAt + kStages * kStageBytes;
-  static constexpr int kSharedBytes = kBuffersAt + kBuffers * kWarpgroups * kBufferBytes;
+  static constexpr int kStages =
+      std::min((kMostSharedBytes - kStagesAt) / kStageBytes, kMostStages);
+  static constexpr int kSharedBytes = kStagesAt + kStages * kStageBytes;
+
+  // The results of a tile leave through stages of the ring, each with as many of both warpgroups:
+  // these bytes, 64 rows of one token after each other, by one or more stores.
+  static constexpr int kSliceBytes = tokens * kTileRowBytes;
+  static constexpr int kResultBytes = kSlices * kSliceBytes;  // of a warpgroup
+  static constexpr int kResultStages = (kWarpgroups * kResultBytes + kStageBytes - 1) / kStageBytes;
+  static constexpr int kPartBytes = kResultBytes / kResultStages;  // of that, in one stage
+  static_assert(kResultBytes % kResultStages == 0 && kPartBytes % kStoredBytes == 0 &&
+                kResultStages < kStages);
+
+  // So many loads of what another block has summed are under way.
+  static constexpr int kLoads = kSums > 128 ? 4 : std::min(kSums / 4, 16);
+};
+
+// The first row and token, in tiles until they are scaled
+struct TilePlace {
+  int row, token;
 };
 
 // The tiles of the result. They run along the rows in bands of a few token tiles, so that what runs
@@ -72,10 +87,7 @@ struct Tiles {
 
   __host__ __device__ int count() const { return row_tiles * token_tiles; }
 
-  struct Place {
-    int row, token;
-  };
-  __device__ Place operator[](int index) const {
+  __device__ TilePlace operator[](int index) const {
     const int band = index / (row_tiles * kBand), in_band = index % (row_tiles * kBand);
     const int width = min(kBand, token_tiles - band * kBand);
     return {in_band / width, band * kBand + in_band % width};
@@ -123,19 +135,22 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                                  const __grid_constant__ TileMap y, const std::uint8_t* codes,
                                  const typename S::T* bias, int N, int K, Tiles tiles,
                                  int shared_tiles, bool is_out_of_step, int cluster, int clusters,
-                                 float4* partial, int* signals) {
+                                 int share, float4* partial, int* signals) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warpgroup = thread / 128;
+  const int thread = threadIdx.x, warp = warp_index(), warpgroup = warp / 4;
   const int part = blockIdx.x % cluster, me = blockIdx.x / cluster;
   const int chunks = K / kStep;
   Barrier* landed = reinterpret_cast<Barrier*>(shared);
   Barrier* read = landed + S::kStages;
+  Barrier* written = read + S::kStages;                                    // of results
+  TilePlace* places = reinterpret_cast<TilePlace*>(written + S::kStages);  // of a stage's tile
   unsigned char* ring = shared + kStagesAt;
   if (thread == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       make_barrier(landed + i, 1);
       make_barrier(read + i, cluster * kWarpgroups * 4);
+      make_barrier(written + i, kWarpgroups * 4);
     }
     show_barriers();
   }
@@ -148,20 +163,25 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   Work work = {shared_begin(me), shared_begin(me + 1), chunks, shared_tiles + me, tiles.count(),
                clusters,         is_out_of_step};
   Segment segment;
-  Turn turn;
 
   if (warpgroup == kWarpgroups) {  // asks for copies
     give_registers<kCopyRegisters>();
-    // Visits all chunks as soon as their stage has been read by all, which it is from the
-    // beginning.
-    const auto for_all_chunks = [&](const auto& copy) {
+    const auto place_of = [&](int index) -> TilePlace {
+      const TilePlace tile = tiles[index];
+      return {(tile.row * cluster + part) * S::kRows, tile.token * S::kTokens};
+    };
+    // Visits all chunks, and after those of a tile the stages for its results, as soon as their
+    // stage has been read by all, which it is from the beginning.
+    const auto for_all_stages = [&](const auto& visit) {
+      Turn turn;
 #pragma unroll 1
       while (work.next(segment)) {
-        const Tiles::Place place = tiles[segment.tile];
+        const TilePlace place = place_of(segment.tile);
+        const int end = segment.last + (segment.last == chunks ? S::kResultStages : 0);
 #pragma unroll 1
-        for (int chunk = segment.first; chunk < segment.last; ++chunk) {
+        for (int chunk = segment.first; chunk < end; ++chunk) {
           wait_for_phase(read + turn.stage, turn.parity ^ 1);
-          copy(place, chunk, ring + turn.stage * S::kStageBytes);
+          if (is_elected()) visit(place, chunk, turn.stage, ring + turn.stage * S::kStageBytes);
           turn.advance(1, S::kStages);
         }
       }
@@ -170,57 +190,86 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     // one ends; the tokens may be what it writes. Tiles past the last row or token are zeros, of
     // the full size. Codes are not a matrix: of rows past the last those of the last tile are read,
     // which selects among zeros.
-    if (thread == 128 * kWarpgroups) {
-      for_all_chunks([&](const Tiles::Place& place, int chunk, unsigned char* at) {
-        Barrier* barrier = landed + turn.stage;
-        const int row = (place.row * cluster + part) * S::kRows;
+    if (warp == 4 * kWarpgroups) {
+      for_all_stages([&](TilePlace place, int chunk, int stage, unsigned char* at) {
+        Barrier* barrier = landed + stage;
+        if (chunk >= chunks) {
+          arrive(barrier);  // for results
+          return;
+        }
+        places[stage] = place;
         arrive_and_expect(barrier, S::kBytes);
-        copy_tile(at + S::kValuesAt, values, row, chunk * kStep / 2, barrier);
+        copy_tile(at + S::kValuesAt, values, place.row, chunk * kStep / 2, barrier);
 #pragma unroll
         for (int i = 0; i < S::kRows / kSliceRows; ++i) {
-          const std::int64_t code_row = min(row + i * kCodeRows, N - 1) / kCodeRows;
+          const std::int64_t code_row = min(place.row + i * kCodeRows, N - 1) / kCodeRows;
           copy_bytes(at + S::kCodesAt + i * kCodeBytes,
                      codes + (code_row * chunks + chunk) * kCodeBytes, kCodeBytes, barrier);
         }
       });
-    } else if (thread == 128 * kWarpgroups + 32) {
+    } else if (warp == 4 * kWarpgroups + 1) {
       wait_for_previous_grid();
-      for_all_chunks([&](const Tiles::Place& place, int chunk, unsigned char* at) {
-        Barrier* barrier = landed + turn.stage;
-        const int token = place.token * S::kTokens + part * (S::kTokens / cluster);
+      for_all_stages([&](TilePlace place, int chunk, int stage, unsigned char* at) {
+        if (chunk >= chunks) return;
+        Barrier* barrier = landed + stage;
+        const int token = place.token + part * share;
         if (cluster == 1) {
           copy_tile(at, x, token, chunk * kStep, barrier);
         } else {
-          copy_tile_to_cluster(at + part * (S::kValuesAt / cluster), x, token, chunk * kStep,
-                               barrier, (1 << cluster) - 1);
+          copy_tile_to_cluster(at + part * share * kTileRowBytes, x, token, chunk * kStep, barrier,
+                               (1 << cluster) - 1);
         }
       });
+    } else if (warp == 4 * kWarpgroups + 2) {
+      unsigned stage = 0, parities = 0;  // the latter by stage
+#pragma unroll 1
+      while (work.next(segment)) {
+        stage = (stage + segment.last - segment.first) % S::kStages;
+        if (segment.last < chunks) continue;
+        const TilePlace place = place_of(segment.tile);
+#pragma unroll 1
+        for (int i = 0; i < S::kResultStages; ++i) {
+          wait_for_phase(written + stage, parities >> stage & 1);
+          parities ^= 1u << stage;
+          if (is_elected()) {
+#pragma unroll
+            for (int j = 0; j < kWarpgroups * S::kPartBytes; j += kStoredBytes) {
+              const int at = i * S::kPartBytes + j % S::kPartBytes;  // in the warpgroup's results
+              const int slice = j / S::kPartBytes * S::kSlices + at / S::kSliceBytes;
+              store_tile(y, place.token + at % S::kSliceBytes / kTileRowBytes,
+                         place.row + slice * kSliceRows, ring + stage * S::kStageBytes + j);
+            }
+            commit_stores();
+            wait_for_stores<0>();
+            for (int to = 0; to < cluster; ++to) arrive_at(to, read + stage, kWarpgroups * 4);
+          }
+          stage = (stage + 1) % S::kStages;
+        }
+      }
     }
   } else {
     take_registers<kSumRegisters>();
+    const int lane = lane_index();
     wait_for_previous_grid();  // memory to write to may be that kernel's
     const CodePlace place = code_place(0, warp % 4, lane);
     const int first_slice = warpgroup * S::kSlices;
     const int codes_at =
         S::kCodesAt + first_slice * kCodeBytes + place.piece * kPiece + place.offset;
-    const int values_at = S::kValuesAt + first_slice * kSliceRows * kValueRowBytes;
-    // Where a buffer has the 8 rows of one token that this thread points to.
-    unsigned char* buffers = shared + S::kBuffersAt + warpgroup * kBuffers * kBufferBytes;
+    const int values_at = S::kValuesAt + first_slice * kSliceValueBytes;
+    const Operand ring_operand = ring;
+    // Where results of one token have the 8 rows that this thread points to.
     const int stored_token = lane / 16 * 8 + lane % 8;
     const int stored_piece = (warp % 4 * 2 + lane / 8 % 2) ^ stored_token % 8;
-    const int stored_at = stored_token * kTileRowBytes + stored_piece * kPiece;
-    const bool stores = thread % 128 == 0;
-    int buffer = 0;
+    const int stored_at =
+        warpgroup * S::kPartBytes + stored_token * kTileRowBytes + stored_piece * kPiece;
 
     float sums[S::kSlices][S::kTokens / 2];
     std::uint32_t metadata[2][S::kSlices] = {};  // of this chunk and of the one before
     int before = 0;                              // the stage whose products may be under way
-    const auto release = [&](int stage) {        // to all blocks that copy to it
-      if (cluster == 1) {
-        if (lane == 0) arrive(read + stage);
-      } else {
-        if (lane < cluster) arrive_at(lane, read + stage);
-      }
+    Turn turn;
+    bool owes_signal = false;
+    const auto release = [&](int stage) {  // to all blocks that copy to it
+      if (lane < cluster) arrive_at(lane, read + stage);
     };
     const auto keep_all = [&](const std::uint32_t (&values)[S::kSlices]) {
 #pragma unroll
@@ -228,24 +277,23 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     };
     const auto multiply = [&](bool is_first, int mine) {
       wait_for_phase(landed + turn.stage, turn.parity);
-      const unsigned char* stage = ring + turn.stage * S::kStageBytes;
+      const Operand tokens = ring_operand + turn.stage * S::kStageBytes, w = tokens + values_at;
+      const unsigned char* codes = ring + turn.stage * S::kStageBytes + codes_at;
       std::uint32_t (&of_slices)[S::kSlices] = metadata[mine];
 #pragma unroll
       for (int i = 0; i < S::kSlices; ++i) {
-        of_slices[i] = metadata_of(stage + codes_at + i * kCodeBytes, lane % 2);
+        of_slices[i] = metadata_of(codes + i * kCodeBytes, lane % 2);
       }
       begin_products();
 #pragma unroll
       for (int i = 0; i < S::kSlices; ++i) {
-        const unsigned char* w = stage + values_at + i * kSliceRows * kValueRowBytes;
-        multiply_add_2to4<T, S::kTokens, 0, kValueRowBytes>(sums[i], w, stage, of_slices[i],
-                                                            !is_first);
+        multiply_add_2to4<T, S::kTokens, 0, kValueRowBytes>(sums[i], w + i * kSliceValueBytes,
+                                                            tokens, of_slices[i], !is_first);
       }
 #pragma unroll
       for (int i = 0; i < S::kSlices; ++i) {
-        const unsigned char* w = stage + values_at + i * kSliceRows * kValueRowBytes;
-        multiply_add_2to4<T, S::kTokens, 1, kValueRowBytes>(sums[i], w + 32, stage + 64,
-                                                            of_slices[i]);
+        multiply_add_2to4<T, S::kTokens, 1, kValueRowBytes>(
+            sums[i], w + (i * kSliceValueBytes + 32), tokens + 64, of_slices[i]);
       }
       commit_products();
       wait_for_products<1>();
@@ -261,22 +309,31 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     };
     const auto signal_of = [&](int block) { return signals + block * kWarpgroups * 4 + warp; };
 
+    const auto send_owed_signal = [&] {
+      if (owes_signal && lane == 0) send_signal(signal_of(blockIdx.x));
+      owes_signal = false;
+    };
+
     while (work.next(segment)) {
-      int chunk = segment.first;
+      multiply(true, 0);
+      send_owed_signal();
+      int chunk = segment.first + 1;
       for (; chunk + 1 < segment.last; chunk += 2) {
-        multiply(chunk == segment.first, 0);
         multiply(false, 1);
+        multiply(false, 0);
       }
-      if (chunk < segment.last) multiply(chunk == segment.first, 0);
+      if (chunk < segment.last) multiply(false, 1);
 
       // While the last products are under way.
-      const Tiles::Place tile = tiles[segment.tile];
-      const int row = (tile.row * cluster + part) * S::kRows + first_slice * kSliceRows;
       float row_bias[S::kSlices][2] = {};
+      if (bias != nullptr) {
+        const int row = places[before].row;
 #pragma unroll
-      for (int i = 0; i < 2 * S::kSlices; ++i) {
-        const int n = row + i / 2 * kSliceRows + warp % 4 * 16 + lane / 4 + i % 2 * 8;
-        if (bias != nullptr && n < N) row_bias[i / 2][i % 2] = to_float(bias[n]);
+        for (int i = 0; i < 2 * S::kSlices; ++i) {
+          const int slice = first_slice + i / 2;
+          const int n = row + slice * kSliceRows + warp % 4 * 16 + lane / 4 + i % 2 * 8;
+          if (n < N) row_bias[i / 2][i % 2] = to_float(bias[n]);
+        }
       }
       wait_for_products<0>();
       keep_all(metadata[0]);
@@ -291,7 +348,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           to[8 * i] = {sum[0], sum[1], sum[2], sum[3]};
         }
         __syncwarp();
-        if (lane == 0) send_signal(signal_of(blockIdx.x));
+        owes_signal = true;
         continue;
       }
       for (int other = me, begin = segment.first; begin > 0;) {
@@ -302,43 +359,51 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         __syncwarp();
         const float4* from = partial_of(block);
 #pragma unroll
-        for (int i = 0; i < S::kSums; i += 4) {
-          const float4 added = load_signalled(from + 8 * i);
-          float* sum = &sums[i / (S::kTokens / 2)][i % (S::kTokens / 2)];
-          sum[0] += added.x;
-          sum[1] += added.y;
-          sum[2] += added.z;
-          sum[3] += added.w;
+        for (int first = 0; first < S::kSums / 4; first += S::kLoads) {
+          float4 added[S::kLoads];
+#pragma unroll
+          for (int i = 0; i < S::kLoads; ++i) added[i] = load_signalled(from + 32 * (first + i));
+#pragma unroll
+          for (int i = 0; i < S::kLoads; ++i) {
+            const int at = 4 * (first + i);
+            float* sum = &sums[at / (S::kTokens / 2)][at % (S::kTokens / 2)];
+            sum[0] += added[i].x;
+            sum[1] += added[i].y;
+            sum[2] += added[i].z;
+            sum[3] += added[i].w;
+          }
         }
       }
 
+      if (bias != nullptr) {
 #pragma unroll
-      for (int first = 0; first < S::kSlices * S::kTokens; first += kStoredTokens) {
-        const int slice = first / S::kTokens, first_token = first % S::kTokens;
-        unsigned char* results = buffers + buffer * kBufferBytes;
+        for (int i = 0; i < S::kSums; ++i) {
+          const int slice = i / (S::kTokens / 2);
+          sums[slice][i % (S::kTokens / 2)] += row_bias[slice][i / 2 % 2];
+        }
+      }
 #pragma unroll
-        for (int token = 0; token < kStoredTokens; token += 16) {
+      for (int i = 0; i < S::kResultStages; ++i) {
+        wait_for_phase(landed + turn.stage, turn.parity);
+        unsigned char* to = ring + turn.stage * S::kStageBytes + stored_at;
+#pragma unroll
+        for (int j = 0; j < S::kPartBytes; j += 16 * kTileRowBytes) {
+          const int at = (i * S::kPartBytes + j) / kTileRowBytes;
           std::uint32_t fragment[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float* sum = &sums[slice][(first_token + token + i / 2 * 8) / 2 + i % 2 * 2];
-            const float more = row_bias[slice][i % 2];
-            fragment[i] = round_pair<T>(sum[0] + more, sum[1] + more);
+          for (int k = 0; k < 4; ++k) {
+            const float* sum = &sums[at / S::kTokens][at % S::kTokens / 2 + k / 2 * 4 + k % 2 * 2];
+            fragment[k] = round_pair<T>(sum[0], sum[1]);
           }
-          store_transposed(results + token * kTileRowBytes + stored_at, fragment);
+          store_transposed(to + j, fragment);
         }
         show_to_stores();
-        // The next buffer is free when its last store has read it.
-        if (stores) wait_for_stores<kBuffers - 2>();
-        synchronize_warpgroup(warpgroup);
-        if (stores) {
-          store_tile(y, tile.token * S::kTokens + first_token, row + slice * kSliceRows, results);
-          commit_stores();
-        }
-        buffer = buffer + 1 == kBuffers ? 0 : buffer + 1;
+        __syncwarp();
+        if (lane == 0) arrive(written + turn.stage);
+        turn.advance(1, S::kStages);
       }
     }
-    if (stores) wait_for_stores<0>();
+    send_owed_signal();
   }
   __syncwarp();
   // A block's memory must outlive what the other one copies to it and arrives at.
@@ -361,9 +426,10 @@ template <typename S>
 const char* launch(const PrefillCall& call, int index, const Device& device, const Plan& plan) {
   using T = typename S::T;
   const int cluster = plan.layout.cluster;
+  const int share = S::kTokens / cluster;  // of a tile's tokens, that a block copies for all
   TileMap x, values, y;
   const char* error = describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride,
-                                     S::kTokens / cluster, call.is_bfloat16);
+                                     share, call.is_bfloat16);
   if (error == nullptr) {
     error = describe_tiles(&values, call.values, call.out_features, call.in_features / 2,
                            call.in_features / 2, S::kRows, call.is_bfloat16, kValueRowBytes);
@@ -377,7 +443,7 @@ const char* launch(const PrefillCall& call, int index, const Device& device, con
       sparse_linear_prefill_kernel<S>, call, device, index, plan.clusters * cluster, cluster,
       S::kThreads, S::kSharedBytes, x, values, y, static_cast<const std::uint8_t*>(call.codes),
       static_cast<const T*>(call.bias), call.out_features, call.in_features, plan.tiles,
-      plan.shared_tiles, call.in_features <= kMostColumnsAtOnce, cluster, plan.clusters,
+      plan.shared_tiles, call.in_features <= kMostColumnsAtOnce, cluster, plan.clusters, share,
       static_cast<float4*>(call.workspace), call.signals);
 }
 

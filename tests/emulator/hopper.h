@@ -73,8 +73,8 @@ inline unsigned char* at_block(int rank, const void* mine) {
   return block.memory.data() + (static_cast<const unsigned char*>(mine) - dynamic_shared_memory());
 }
 
-inline void arrive_at(int rank, Barrier* barrier) {
-  arrive(reinterpret_cast<Barrier*>(at_block(rank, barrier)));
+inline void arrive_at(int rank, Barrier* barrier, int count = 1) {
+  for (int i = 0; i < count; ++i) arrive(reinterpret_cast<Barrier*>(at_block(rank, barrier)));
 }
 
 inline void wait_for_phase(Barrier* barrier, unsigned parity) {
@@ -216,7 +216,11 @@ void wait_for_products() {
   emulator::wait_at(emulator::current->warp->barrier);  // a warp's threads are waited for together
 }
 
+inline bool is_elected() { return emulator::current->thread % 32 == 0; }
+
 inline void keep(std::uint32_t) {}
+
+using Operand = const unsigned char*;
 
 template <typename T, int kRowBytes>
 float element_at(std::ptrdiff_t offset) {
