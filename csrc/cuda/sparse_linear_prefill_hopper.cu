@@ -39,8 +39,7 @@ constexpr int kMostStages = 8;
 constexpr int kStoredTokens = 64, kStoredBytes = kStoredTokens * kTileRowBytes;  // by one store
 constexpr int kWarpgroups = 2;                                                   // that multiply
 constexpr int kCopyRegisters = 40, kSumRegisters = 232;                          // of a thread
-constexpr int kMostColumnsAtOnce = 6144;  // so that what is read stays in the L2 cache
-constexpr int kBand = 8;                  // token tiles that are walked together, see `Tiles`
+constexpr int kBand = 8;  // token tiles that are walked together, see `Tiles`
 
 // The constants of one kernel.
 template <typename Scalar, int rows, int tokens>
@@ -101,12 +100,9 @@ struct Segment {
 
 // What one cluster computes, in its order. Of the first tiles, which are shared, it has an equal
 // part, [begin, end) of their chunks; of the others every so many-th, as all others have at the
-// same time. First comes the end of its part, because the cluster after this one waits for it. The
-// rest of it comes last, or second. If it comes last, clusters are out of step in between, by the
-// lengths of those ends: then they do not store results all at once, but read all columns at once.
+// same time. First comes the end of its part, because the cluster after this one waits for it.
 struct Work {
   int begin, end, chunks, next_tile, tiles, clusters;
-  bool is_out_of_step, has_begun = false;
 
   // The first of the shared chunks that are the cluster's.
   static __device__ int begin_of(int cluster, int clusters, int shared_tiles, int chunks) {
@@ -114,9 +110,7 @@ struct Work {
   }
 
   __device__ bool next(Segment& segment) {
-    const bool takes_part = begin < end && (!is_out_of_step || !has_begun || next_tile >= tiles);
-    has_begun = true;
-    if (takes_part) {
+    if (begin < end) {
       const int tile = (end - 1) / chunks, first = max(begin - tile * chunks, 0);
       segment = {tile, first, end - tile * chunks};
       end = tile * chunks + first;
@@ -134,8 +128,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                                  const __grid_constant__ TileMap values,
                                  const __grid_constant__ TileMap y, const std::uint8_t* codes,
                                  const typename S::T* bias, int N, int K, Tiles tiles,
-                                 int shared_tiles, bool is_out_of_step, int cluster, int clusters,
-                                 int share, float4* partial, int* signals) {
+                                 int shared_tiles, int cluster, int clusters, int share,
+                                 float4* partial, int* signals) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
   const int thread = threadIdx.x, warp = warp_index(), warpgroup = warp / 4;
@@ -160,8 +154,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const auto shared_begin = [&](int of) {
     return Work::begin_of(of, clusters, shared_tiles, chunks);
   };
-  Work work = {shared_begin(me), shared_begin(me + 1), chunks, shared_tiles + me, tiles.count(),
-               clusters,         is_out_of_step};
+  Work work = {shared_begin(me),  shared_begin(me + 1), chunks,
+               shared_tiles + me, tiles.count(),        clusters};
   Segment segment;
 
   if (warpgroup == kWarpgroups) {  // asks for copies
@@ -439,26 +433,26 @@ const char* launch(const PrefillCall& call, int index, const Device& device, con
                            kStoredTokens, call.is_bfloat16);
   }
   if (error != nullptr) return error;
-  return launch_kernel<S>(
-      sparse_linear_prefill_kernel<S>, call, device, index, plan.clusters * cluster, cluster,
-      S::kThreads, S::kSharedBytes, x, values, y, static_cast<const std::uint8_t*>(call.codes),
-      static_cast<const T*>(call.bias), call.out_features, call.in_features, plan.tiles,
-      plan.shared_tiles, call.in_features <= kMostColumnsAtOnce, cluster, plan.clusters, share,
-      static_cast<float4*>(call.workspace), call.signals);
+  return launch_kernel<S>(sparse_linear_prefill_kernel<S>, call, device, index,
+                          plan.clusters * cluster, cluster, S::kThreads, S::kSharedBytes, x, values,
+                          y, static_cast<const std::uint8_t*>(call.codes),
+                          static_cast<const T*>(call.bias), call.out_features, call.in_features,
+                          plan.tiles, plan.shared_tiles, cluster, plan.clusters, share,
+                          static_cast<float4*>(call.workspace), call.signals);
 }
 
-// The layouts, and about how many clocks a stage takes. These constants are fitted to nine weights
-// and five token counts on an H100, where the plan takes 2 % longer than the best layout does.
+// The layouts, and about how many clocks a stage takes. These constants are fitted to ten weights
+// and six token counts on an H200, where the plan takes 1 % longer than the best layout does.
 struct Candidate {
   PrefillLayout layout;
   double clocks;
 };
 constexpr Candidate kCandidates[] = {
-    {{256, 192, 2}, 960}, {{256, 192, 1}, 980}, {{128, 256, 2}, 660}, {{128, 256, 1}, 700},
-    {{128, 128, 2}, 500}, {{128, 128, 1}, 420}, {{128, 64, 2}, 400},  {{128, 64, 1}, 350},
+    {{256, 192, 2}, 990}, {{256, 192, 1}, 980}, {{128, 256, 2}, 645}, {{128, 256, 1}, 780},
+    {{128, 128, 2}, 395}, {{128, 128, 1}, 470}, {{128, 64, 2}, 305},  {{128, 64, 1}, 300},
 };
 // To store results; for a sum that is passed on, to write it, and to wait for it and add it.
-constexpr double kTileClocks = 2000, kPartClocks = 4000, kAddClocks = 3000;
+constexpr double kTileClocks = 100, kPartClocks = 5000, kAddClocks = 4000;
 
 // The plan with the least time.
 Plan make_plan(const PrefillCall& call, const Device& device) {
