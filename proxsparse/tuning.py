@@ -61,9 +61,9 @@ NUM_FINALISTS = 3  # of each executor are measured with care: quick trials are n
 LEADERS_WITHIN = 0.75
 LIBRARY_CHOICE = -1  # an algorithm id: the library's own default
 
-# Where nothing was measured. On an H200 the library's default algorithm beats dense from 1024
-# tokens on, at powers of two, for every shape of 4096 and more; with fewer our kernel mostly beats
-# the library. More than 64 tokens both multiply faster than the weight is unpacked.
+# Where nothing was measured. On an H200 our kernel for many tokens beats dense from 1024 tokens on,
+# at powers of two, for every shape that was measured, and the library's best algorithm for nearly
+# all. More than 64 tokens both multiply faster than the weight is unpacked.
 RULE_BEATS_DENSE_FROM = 1024
 RULE_BEATS_UNPACK_FROM = 65
 
@@ -200,20 +200,17 @@ def choose(record: Record | None, tokens: int, available: Collection[str]) -> Ca
 def choose_by_rule(tokens: int, available: Collection[str]) -> Candidate:
     """What runs where nothing was measured: see the constants above for why.
 
-    The kernel for few tokens, where it is available; from 1024 tokens on cuSPARSELt with its
-    default algorithm, if its form of the weight is there, or else our kernel for many; between them
-    dense, if the dense weight is held. If not, our kernel or else cuSPARSELt from 65 tokens on, and
-    the weight unpacked for the call where neither can run.
+    From 1024 tokens on our kernel for many, where it is available, or else cuSPARSELt with its
+    default algorithm; with fewer the kernel for few tokens, or dense, if the dense weight is held.
+    If it is not, the kernel for many or else cuSPARSELt from 65 tokens on, and the weight unpacked
+    for the call where nothing else can run.
 
-    This promises nothing: the default algorithm may lose to dense for narrow layers, and for token
-    counts that are no multiples of 128, above all the smaller ones. Tuning finds out.
+    This promises nothing: both may lose to dense for narrow layers, and for token counts that are
+    no multiples of 128, above all the smaller ones. Tuning finds out.
     """
     has_dense = "dense" in available
     sparse_from = RULE_BEATS_DENSE_FROM if has_dense else RULE_BEATS_UNPACK_FROM
-    for_many = ["prefill", "cusparselt"]
-    if tokens >= RULE_BEATS_DENSE_FROM:
-        for_many.reverse()
-    for name in for_many if tokens >= sparse_from else ():
+    for name in ("prefill", "cusparselt") if tokens >= sparse_from else ():
         if name in available:
             return Candidate(name)
     if "decode" in available:

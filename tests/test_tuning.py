@@ -117,9 +117,10 @@ def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None
         (64, ("cusparselt", "unpack"), "unpack"),
         (65, ("cusparselt", "unpack"), "cusparselt"),
         (65, ("cusparselt", "prefill", "unpack"), "prefill"),
-        (1024, ("cusparselt", "prefill", "unpack"), "cusparselt"),
+        (1024, ("cusparselt", "prefill", "unpack"), "prefill"),
         (1024, ("prefill", "unpack"), "prefill"),
         (1023, (*ALL, "prefill"), "dense"),
+        (1024, (*ALL, "prefill"), "prefill"),
         (1024, ("dense", "prefill", "unpack"), "prefill"),
     ],
 )

@@ -92,7 +92,7 @@ __device__ __forceinline__ void multiply_add_2to4(float (&sum)[4], const std::ui
 // another block, that waits for it.
 __device__ __forceinline__ void send_signal(int* signal) {
   __threadfence();
-  asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(signal) : "memory");
+  asm volatile("st.relaxed.gpu.global.b32 [%0], 1;" ::"l"(signal) : "memory");
 }
 
 // And sets it back.

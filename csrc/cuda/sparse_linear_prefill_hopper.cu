@@ -2,18 +2,25 @@
 //
 // The product of 64 rows, 32 columns and 256 tokens reads 18 KB of shared memory, of which 16 KB
 // can be read in its time at the peak: so shared memory is the bound, then copies through the L2
-// cache, then power. Tiles are as large as registers allow, and results leave through shared memory
-// in whole lines, by copies that nobody waits for.
+// cache, then power. Tiles are as large as registers allow, and all else leaves shared memory
+// alone.
 //
 // Two warpgroups multiply, 64 or twice 64 rows each; 64 columns of tokens, values and codes are a
-// stage of a ring that both share, and the products of two stages are under way. A third warpgroup
-// asks for copies: one thread for the weight, one for tokens. The two blocks of a cluster take
-// tiles above each other and load half of their tokens each, for both.
+// stage of a ring that both share, and the products of two stages are under way. Of a third
+// warpgroup one warp asks for copies of the weight, one for those of tokens, and one stores
+// results. The two blocks of a cluster take tiles above each other and load half of their tokens
+// each, for both.
 //
-// Blocks stay for all tiles, and the ring runs on from one to the next: while results are stored,
-// the next tile's operands land. Tiles seldom fill whole waves. So those beyond the last but one
-// are shared out by columns (as in stream-K, Osama et al. 2023, arXiv:2301.03598): all blocks get
-// equal parts of them, and who has the last columns of a tile adds what others have summed.
+// Blocks stay for all tiles, and the ring runs on from one to the next: after a tile's last chunk
+// come stages for its results, which are lent as if they had been copied to, and free again when
+// they are stored; meanwhile the next tile is multiplied. Tiles seldom fill whole waves. So those
+// beyond the last but one are shared out by columns (as in stream-K, Osama et al. 2023,
+// arXiv:2301.03598): all blocks get equal parts of them, and who has the last columns of a tile
+// adds what others have summed.
+//
+// What lies between a stage that has been read and its next data costs most, see
+// benchmarks/results/NOTES.md: no division, and no loop that ptxas makes where it does not know
+// that a warp's threads agree.
 //
 // Every sum has a fixed order: results are bitwise reproducible.
 
@@ -38,7 +45,9 @@ constexpr int kStagesAt = 1024;                    // before them, barriers and 
 constexpr int kMostStages = 8;
 constexpr int kStoredTokens = 64, kStoredBytes = kStoredTokens * kTileRowBytes;  // by one store
 constexpr int kWarpgroups = 2;                                                   // that multiply
-constexpr int kCopyRegisters = 40, kSumRegisters = 232;                          // of a thread
+constexpr int kWeightWarp = 4 * kWarpgroups, kTokenWarp = kWeightWarp + 1;
+constexpr int kResultWarp = kWeightWarp + 2;
+constexpr int kCopyRegisters = 40, kSumRegisters = 232;  // of a thread
 constexpr int kBand = 8;  // token tiles that are walked together, see `Tiles`
 
 // The constants of one kernel.
@@ -158,7 +167,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                shared_tiles + me, tiles.count(),        clusters};
   Segment segment;
 
-  if (warpgroup == kWarpgroups) {  // asks for copies
+  if (warpgroup == kWarpgroups) {  // copies and stores
     give_registers<kCopyRegisters>();
     const auto place_of = [&](int index) -> TilePlace {
       const TilePlace tile = tiles[index];
@@ -184,7 +193,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     // one ends; the tokens may be what it writes. Tiles past the last row or token are zeros, of
     // the full size. Codes are not a matrix: of rows past the last those of the last tile are read,
     // which selects among zeros.
-    if (warp == 4 * kWarpgroups) {
+    if (warp == kWeightWarp) {
       for_all_stages([&](TilePlace place, int chunk, int stage, unsigned char* at) {
         Barrier* barrier = landed + stage;
         if (chunk >= chunks) {
@@ -201,7 +210,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                      codes + (code_row * chunks + chunk) * kCodeBytes, kCodeBytes, barrier);
         }
       });
-    } else if (warp == 4 * kWarpgroups + 1) {
+    } else if (warp == kTokenWarp) {
       wait_for_previous_grid();
       for_all_stages([&](TilePlace place, int chunk, int stage, unsigned char* at) {
         if (chunk >= chunks) return;
@@ -214,8 +223,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                                (1 << cluster) - 1);
         }
       });
-    } else if (warp == 4 * kWarpgroups + 2) {
-      unsigned stage = 0, parities = 0;  // the latter by stage
+    } else if (warp == kResultWarp) {
+      // A stage's results are counted by a barrier of its own, because not every turn has results;
+      // its parity is the stage's bit.
+      unsigned stage = 0, parities = 0;
 #pragma unroll 1
       while (work.next(segment)) {
         stage = (stage + segment.last - segment.first) % S::kStages;
