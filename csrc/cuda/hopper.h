@@ -167,11 +167,6 @@ __device__ __forceinline__ void store_transposed(void* piece, const std::uint32_
                : "memory");
 }
 
-// All 128 threads of this warpgroup of the block arrive before any goes on.
-__device__ __forceinline__ void synchronize_warpgroup(int warpgroup) {
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");  // 0 is the block's
-}
-
 // Both rounded to T, the first in the low half.
 template <typename T>
 __device__ __forceinline__ std::uint32_t round_pair(float first, float second) {

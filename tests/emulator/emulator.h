@@ -14,7 +14,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
 #include <vector>
 
@@ -68,7 +67,6 @@ struct Groups {
 struct Block {
   std::vector<unsigned char> memory;
   Barrier barrier;
-  std::map<int, Barrier> of_warpgroups;
   unsigned index = 0;
   int running = 0;  // threads; the memory is gone when none is left
 };

@@ -183,13 +183,6 @@ inline void store_transposed(void* piece, const std::uint32_t (&fragment)[4]) {
   }
 }
 
-inline void synchronize_warpgroup(int warpgroup) {
-  emulator::Barrier& barrier = emulator::current->block->of_warpgroups[warpgroup];
-  barrier.size = 128;
-  ++emulator::arrivals;
-  emulator::wait_at(barrier);
-}
-
 template <typename T>
 std::uint32_t round_pair(float first, float second) {
   T pair[2];
