@@ -5,12 +5,12 @@
 
 Shapes are the linear layers of five models, from one token to 16384: powers of two, which fill the
 tiles of every kernel, and some counts between them, as prompts have. All backends of a cell are
-timed in turn on the same random data, with enough weights in rotation to leave the L2 cache behind,
-once replayed from a CUDA graph and once called in eager mode with the host's time in it. `dense` is
-the layer as it was before it was pruned, `masked` the same layer with its pruned weights zero: both
-are cuBLAS, but zeros switch fewer transistors, so a GPU at its power limit runs `masked` at higher
-clocks. PyTorch's path gets its best algorithm, by trying all of them on the cell. Needs a GPU with
-sparse tensor cores.
+timed in turn, in another order each round, on the same random data, with enough weights in rotation
+to leave the L2 cache behind, once replayed from a CUDA graph and once called in eager mode with the
+host's time in it. `dense` is the layer as it was before it was pruned, `masked` the same layer with
+its pruned weights zero: both are cuBLAS, but zeros switch fewer transistors, so a GPU at its power
+limit runs `masked` at higher clocks. PyTorch's path gets its best algorithm, by trying all of them
+on the cell. Needs a GPU with sparse tensor cores.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import csv
 import dataclasses
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -58,6 +59,8 @@ TOKENS = (*(2**i for i in range(15)), 700, 1500, 3000)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_WEIGHTS = 64
 ROUND_SECONDS = 2e-3  # that one round times, at least
+# An eager round has an idle device at both ends, which takes some 0.1 ms, whatever runs.
+EAGER_SECONDS = 10e-3
 MAX_ALGORITHMS = 64  # tried for PyTorch's path; its library has fewer
 
 
@@ -198,22 +201,27 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     graphs = {name: capture(run, case.weights) for name, run in graph_runs.items()}
     once = time_once(graphs["dense"].replay, device)
     replays = max(1, math.ceil(ROUND_SECONDS / once))
-    calls = max(count, min(500, math.ceil(ROUND_SECONDS / (once / count))))
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for _ in range(rounds + 1):
-        for name, graph in graphs.items():
+    calls = max(count, min(1000, math.ceil(EAGER_SECONDS / (once / count))))
+    names = [*runs, "torch"]
+    seconds: dict[tuple[str, str], list[float]] = {
+        (name, mode): [] for mode in ("graph", "eager") for name in names
+    }
+    for number in range(rounds + 1):
+        # At the power limit a backend leaves its clocks to the next, so all follow upon all.
+        order = random.Random(number).sample(names, len(names))
+        for name in order:
 
-            def replay(graph: torch.cuda.CUDAGraph = graph) -> None:
+            def replay(graph: torch.cuda.CUDAGraph = graphs[name]) -> None:
                 for _ in range(replays):
                     graph.replay()
 
             taken = time_once(replay, device) / (replays * count)
-            seconds.setdefault((name, "graph"), []).append(taken)
-        for name, run in eager_runs.items():
+            seconds[name, "graph"].append(taken)
+        for name in order:
             # PyTorch builds a plan at each call: a few calls show that.
             few = min(calls, 20) if name == "torch" else calls
-            taken = time_eager(run, case.weights, few)
-            seconds.setdefault((name, "eager"), []).append(taken)
+            taken = time_eager(eager_runs[name], case.weights, few)
+            seconds[name, "eager"].append(taken)
     return {
         "algorithm": algorithm,
         "seconds": {key: kept[1:] for key, kept in seconds.items()},  # the first was warm-up
