@@ -224,6 +224,7 @@ __device__ __forceinline__ void keep(std::uint32_t value) { asm volatile("" ::"r
 
 // An operand of a product, a tile in shared memory or what lies a multiple of 16 bytes behind its
 // beginning: the low half of the descriptor that names it, so that a sum is all that moving takes.
+// A place in shared memory has 18 bits, of which it holds the upper 14.
 struct Operand {
   std::uint32_t low;
 

@@ -2,8 +2,7 @@
 //
 // The product of 64 rows, 32 columns and 256 tokens reads 18 KB of shared memory, of which 16 KB
 // can be read in its time at the peak: so shared memory is the bound, then copies through the L2
-// cache, then power. Tiles are as large as registers allow, and all else leaves shared memory
-// alone.
+// cache, then power. So tiles are as large as registers allow.
 //
 // Two warpgroups multiply, 64 or twice 64 rows each; 64 columns of tokens, values and codes are a
 // stage of a ring that both share, and the products of two stages are under way. Of a third
@@ -70,8 +69,8 @@ struct Shape {
       std::min((kMostSharedBytes - kStagesAt) / kStageBytes, kMostStages);
   static constexpr int kSharedBytes = kStagesAt + kStages * kStageBytes;
 
-  // The results of a tile leave through stages of the ring, each with as many of both warpgroups:
-  // these bytes, 64 rows of one token after each other, by one or more stores.
+  // The results of a tile leave through stages of the ring, each with an equal part of those of
+  // both warpgroups: 64 rows of one token, then of the next, by one or more stores.
   static constexpr int kSliceBytes = tokens * kTileRowBytes;
   static constexpr int kResultBytes = kSlices * kSliceBytes;  // of a warpgroup
   static constexpr int kResultStages = (kWarpgroups * kResultBytes + kStageBytes - 1) / kStageBytes;
@@ -83,7 +82,7 @@ struct Shape {
   static constexpr int kLoads = kSums > 128 ? 4 : std::min(kSums / 4, 16);
 };
 
-// The first row and token, in tiles until they are scaled
+// Where a tile begins: its row and token, as `Tiles` gives them in units of tiles.
 struct TilePlace {
   int row, token;
 };
