@@ -58,9 +58,9 @@ MODELS = {
 TOKENS = (*(2**i for i in range(15)), 700, 1500, 3000)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_WEIGHTS = 64
-ROUND_SECONDS = 2e-3  # that one round times, at least
-# An eager round has an idle device at both ends, which takes some 0.1 ms, whatever runs.
-EAGER_SECONDS = 10e-3
+# That one round lasts, at least and about, whichever backend runs: what it takes to begin and to
+# end, in eager mode some 0.1 ms of an idle device, is then the same part of every backend's time.
+ROUND_SECONDS, EAGER_SECONDS = 2e-3, 10e-3
 MAX_ALGORITHMS = 64  # tried for PyTorch's path; its library has fewer
 
 
@@ -199,9 +199,13 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     eager_runs = {**runs, "torch": case.theirs_eager}
     device, count = case.x.device, len(case.weights)
     graphs = {name: capture(run, case.weights) for name, run in graph_runs.items()}
-    once = time_once(graphs["dense"].replay, device)
-    replays = max(1, math.ceil(ROUND_SECONDS / once))
-    calls = max(count, min(1000, math.ceil(EAGER_SECONDS / (once / count))))
+    once = {name: time_once(graph.replay, device) for name, graph in graphs.items()}
+    replays = {name: max(1, math.ceil(ROUND_SECONDS / taken)) for name, taken in once.items()}
+    calls = {
+        name: max(count, min(1000, math.ceil(EAGER_SECONDS / (taken / count))))
+        for name, taken in once.items()
+    }
+    calls["torch"] = min(calls["torch"], 20)  # it builds a plan at each call: a few show that
     names = [*runs, "torch"]
     seconds: dict[tuple[str, str], list[float]] = {
         (name, mode): [] for mode in ("graph", "eager") for name in names
@@ -211,16 +215,16 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         order = random.Random(number).sample(names, len(names))
         for name in order:
 
-            def replay(graph: torch.cuda.CUDAGraph = graphs[name]) -> None:
-                for _ in range(replays):
+            def replay(
+                graph: torch.cuda.CUDAGraph = graphs[name], times: int = replays[name]
+            ) -> None:
+                for _ in range(times):
                     graph.replay()
 
-            taken = time_once(replay, device) / (replays * count)
+            taken = time_once(replay, device) / (replays[name] * count)
             seconds[name, "graph"].append(taken)
         for name in order:
-            # PyTorch builds a plan at each call: a few calls show that.
-            few = min(calls, 20) if name == "torch" else calls
-            taken = time_eager(eager_runs[name], case.weights, few)
+            taken = time_eager(eager_runs[name], case.weights, calls[name])
             seconds[name, "eager"].append(taken)
     return {
         "algorithm": algorithm,

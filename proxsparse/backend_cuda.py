@@ -22,7 +22,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ MAX_DECODE_TOKENS, MAX_HOPPER_TOKENS = 64, 256  # of the kernels for few tokens
 _BUCKETS = frozenset(tuning.BUCKETS)
 _DECODE_MULTIPLE = 64  # that our kernels need of in_features
 _PREFILL_MULTIPLE = 8  # and the one for many tokens of out_features
+_ALIGNMENT = 16  # bytes, of what kernels read
 # Rows a block, chunks under way (1 few, 2 many), blocks that share the columns; see
 # csrc/cuda/sparse_linear_decode.h. Tables refer to them by index.
 DECODE_LAYOUTS = tuple(
@@ -232,8 +233,7 @@ def _decode_together(
         for weight, y in zip(weights, results, strict=True)
     ]
     _cuda.sparse_linear_group(
-        *(CODES[x.dtype], x.numel() // k, k, x.data_ptr(), k, operands),
-        *(0, 0, 0, True, _stream(x.get_device())),
+        CODES[x.dtype], x.numel() // k, k, x.data_ptr(), operands, True, _stream(x.get_device())
     )
     return results
 
@@ -266,6 +266,12 @@ def find_run(
     if run is None:
         run = tuning.decisions[key] = _decide(x, values, bias, compressed, dense, tokens)
     return run
+
+
+def find_run_for_shape(x: Tensor, *forms: Any) -> _Run:
+    """`find_run`, for x of exactly this shape: it has less to do at a call."""
+    run = find_run(x, *forms)
+    return run.for_shape(x.shape) if isinstance(run, _Kernel) else run
 
 
 def _decide(
@@ -363,26 +369,7 @@ def _run_unpacked(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None,
 RUNS: dict[str, _Run] = {"dense": _run_dense, "unpack": _run_unpacked}
 
 
-class _UsesWorkspace:
-    """Finds out by its first launch how much memory the launches of a shape need."""
-
-    _workspace_bytes = 0  # the most that a call has needed
-
-    def _launch(
-        self, launch: Callable[..., int], operands: tuple[int, ...], out: Tensor, stream: int
-    ) -> None:
-        """Calls launch(*operands, workspace, its bytes, stream), which returns what it lacks."""
-        device, size = out.get_device(), self._workspace_bytes
-        workspace = _workspace(device, stream, size) if size else out
-        needed = launch(*operands, workspace.data_ptr(), size, stream)
-        if needed:
-            self._workspace_bytes = needed
-            workspace = _workspace(device, stream, needed)
-            needed = launch(*operands, workspace.data_ptr(), workspace.numel(), stream)
-            assert not needed, "the plan's workspace has a fixed size"
-
-
-class CuSparseLt(_UsesWorkspace):
+class CuSparseLt:
     """Calls cuSPARSELt for one weight shape and algorithm."""
 
     def __init__(
@@ -401,7 +388,7 @@ class CuSparseLt(_UsesWorkspace):
             *(device, CODES[dtype], n, k, has_bias),
             *(candidate.algorithm, candidate.split_k, candidate.split_k_mode, is_bias_late),
         )
-        self._n, self._k = n, k
+        self._device, self._n, self._k = device, n, k
 
     def __call__(
         self,
@@ -430,68 +417,104 @@ class CuSparseLt(_UsesWorkspace):
             *(padded, compressed.data_ptr(), compressed.numel(), rows.data_ptr()),
             *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
         )
-        self._launch(self.launch, operands, out, _stream(x.get_device()))
+        stream = _stream(self._device)
+        memory = _memory(self._device, stream)
+        needed = self.launch(*operands, memory.address, memory.size, stream)
+        if needed:
+            memory = _grow(memory, needed, self._device, stream)
+            self.launch(*operands, memory.address, memory.size, stream)
         return result
 
 
 class _Kernel:
     """One of our kernels, in one of its layouts, for one weight shape."""
 
-    def __init__(
-        self, layout: tuple[int, int, int], device: int, dtype: torch.dtype, n: int, k: int
-    ) -> None:
-        self._layout, self._device, self._code = layout, device, CODES[dtype]
-        self._n, self._k = n, k
+    # Tokens; addresses of x, values, codes, bias and result; whether the weight may be read before
+    # its turn on the stream; the stream.
+    _launch: Callable[[int, int, int, int, int, int, bool, int], None]
+
+    def __init__(self, device: int, n: int, k: int) -> None:
+        self._device, self._n, self._k = device, n, k
+
+    def __call__(
+        self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
+    ) -> Tensor:
+        """See `sparse_linear_cuda`."""
+        return self._run((*x.shape[:-1], self._n), x, values, codes, bias)
+
+    def for_shape(self, shape: torch.Size) -> _Run:
+        """The same for x of one shape, with less to do at a call."""
+        return functools.partial(self._run, (*shape[:-1], self._n))
+
+    def _run(
+        self,
+        shape: tuple[int, ...],
+        x: Tensor,
+        values: Tensor,
+        codes: Tensor,
+        bias: Tensor | None,
+        *_: Any,
+    ) -> Tensor:
+        x_at, values_at, codes_at = x.data_ptr(), values.data_ptr(), codes.data_ptr()
+        is_settled = (  # codes in tiles: `lay_out_2to4` has waited for them, and for the values
+            codes.dim() == 3
+            and values.is_contiguous()
+            and codes.is_contiguous()
+            and not (values_at | codes_at) % _ALIGNMENT
+        )
+        if not is_settled:  # copies are just being made
+            values, codes = _aligned(values), _aligned(_tiles(codes))
+            values_at, codes_at = values.data_ptr(), codes.data_ptr()
+        if x_at % _ALIGNMENT or not x.is_contiguous():
+            x = _aligned(x)
+            x_at = x.data_ptr()
+        out = x.new_empty(*shape)
+        bias_at = 0 if bias is None else bias.data_ptr()
+        tokens, stream = x.numel() // self._k, _stream(self._device)
+        self._launch(tokens, x_at, values_at, codes_at, bias_at, out.data_ptr(), is_settled, stream)
+        return out
 
 
 class Decode(_Kernel):
     """Calls the kernel for few tokens."""
 
-    def __call__(
-        self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
-    ) -> Tensor:
-        """See `sparse_linear_cuda`."""
-        x, (values, codes, is_settled) = _aligned(x), _settle(values, codes)
-        out = x.new_empty(*x.shape[:-1], self._n)
-        _cuda.sparse_linear_decode(
-            *(self._code, x.numel() // self._k, self._k, x.data_ptr(), self._k),
-            *(self._n, values.data_ptr(), codes.data_ptr()),
-            *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
-            *(*self._layout, is_settled, _stream(self._device)),
-        )
-        return out
+    def __init__(
+        self, layout: tuple[int, int, int], device: int, dtype: torch.dtype, n: int, k: int
+    ) -> None:
+        super().__init__(device, n, k)
+        self._launch = _cuda.Decode(CODES[dtype], n, k, *layout)
 
 
-class Prefill(_Kernel, _UsesWorkspace):
+class Prefill(_Kernel):
     """Calls the kernel for many tokens."""
 
-    def __call__(
-        self, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *_: Any
-    ) -> Tensor:
-        """See `sparse_linear_cuda`."""
-        x, (values, codes, is_settled) = _aligned(x), _settle(values, codes)
-        out = x.new_empty(*x.shape[:-1], self._n)
-        stream = _stream(self._device)
-        operands = (
-            *(self._code, x.numel() // self._k, self._k, x.data_ptr(), self._k),
-            *(self._n, values.data_ptr(), codes.data_ptr()),
-            *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
-            *(*self._layout, is_settled, _signals(self._device, stream)),
-        )
-        self._launch(_cuda.sparse_linear_prefill, operands, out, stream)
-        return out
+    def __init__(
+        self, layout: tuple[int, int, int], device: int, dtype: torch.dtype, n: int, k: int
+    ) -> None:
+        super().__init__(device, n, k)
+        self._queue = _cuda.Prefill(CODES[dtype], n, k, *layout)
+
+    def _launch(
+        self,
+        tokens: int,
+        x: int,
+        values: int,
+        codes: int,
+        bias: int,
+        out: int,
+        is_settled: bool,
+        stream: int,
+    ) -> None:
+        operands = tokens, x, values, codes, bias, out, is_settled, stream
+        memory = _memory(self._device, stream)
+        needed = self._queue(*operands, memory.signals, memory.address, memory.size)
+        if needed:
+            memory = _grow(memory, needed, self._device, stream)
+            self._queue(*operands, memory.signals, memory.address, memory.size)
 
 
-def _settle(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both aligned, codes in tiles; and whether they were complete before this call was queued.
-
-    Tiles come from `lay_out_2to4`, which has waited for them; a copy is just being made.
-    """
-    given = values, codes
-    if codes.dim() == 2:
-        codes = reference.tile_codes(codes)
-    values, codes = _aligned(values), _aligned(codes)
-    return values, codes, values is given[0] and codes is given[1]
+def _tiles(codes: Tensor) -> Tensor:
+    return codes if codes.dim() == 3 else reference.tile_codes(codes)
 
 
 def _run_decode_op(
@@ -607,7 +630,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _is_aligned(x: Tensor) -> bool:
-    return x.is_contiguous() and not x.data_ptr() % 16
+    return x.is_contiguous() and not x.data_ptr() % _ALIGNMENT
 
 
 def _stream(device: int) -> int:
@@ -615,49 +638,77 @@ def _stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-_workspaces: dict[tuple[int, int], Tensor] = {}
+class _Memory(NamedTuple):
+    """What launches on one stream share, because they run one after the other."""
 
-
-def _workspace(device: int, stream: int, size: int) -> Tensor:
-    """At least `size` bytes for a launch on the current stream; see the top of the file."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    held = _workspaces.get((device, stream))
-    if held is None or held.numel() < size:
-        # What it replaces is freed in the order of the stream, after the launches that use it.
-        held = torch.empty(size, dtype=torch.uint8, device=device)
-        _workspaces[device, stream] = held
-    return held
+    signals: int  # address; 0 where there are none
+    workspace: Tensor | None = None
+    address: int = 0  # of the workspace
+    size: int = 0  # its bytes
 
 
 _SIGNALS = 8  # for each multiprocessor
-_SIGNALS_IN_STOCK = 256  # for graphs, until more are made
+_SIGNALS_IN_STOCK = 256  # for streams and graphs, until more are made
 _signal_memory: list[Tensor] = []  # for ever, because graphs know its addresses
 _stock_of_signals: dict[int, list[int]] = {}
-_signals_of_streams: dict[tuple[int, int], int] = {}
 _signals_of_captures: dict[tuple[int, int], tuple[int, int]] = {}  # the last on each stream
+_memories: dict[tuple[int, int], _Memory] = {}  # by device and stream
 
 
-def _signals(device: int, stream: int) -> int:
-    """Address of signals for a launch on the current stream; 0 if a capture finds none."""
+# What captures the current stream, 0 if nothing does.
+_capture_of: Callable[[int], int] = (
+    _cuda.capture_of if _cuda.has_decode else lambda _: torch.cuda.is_current_stream_capturing()
+)
+
+
+def _memory(device: int, stream: int) -> _Memory:
+    """What a launch on the current stream may use; see the top of the file."""
+    capture = _capture_of(stream)
+    if capture:
+        return _Memory(_signals_of_capture(capture, device, stream))
+    held = _memories.get((device, stream))
+    if held is None:
+        held = _memories[device, stream] = _Memory(_take_signals(device))
+    return held
+
+
+def _grow(memory: _Memory, size: int, device: int, stream: int) -> _Memory:
+    """The same with a workspace of so many bytes, on the current stream.
+
+    The one before is freed in the order of the stream, after the launches that use it; so who is
+    about to launch holds on to what it got, because another thread may grow it meanwhile.
+    """
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    grown = _Memory(memory.signals, workspace, workspace.data_ptr(), size)
+    if _memories.get((device, stream)) is memory:  # not what is captured
+        _memories[device, stream] = grown
+    return grown
+
+
+def _take_signals(device: int) -> int:
+    """Address of signals for a stream, of which the stock is filled up first."""
+    if not _cuda.has_decode or torch.cuda.get_device_capability(device)[0] != 9:
+        return 0  # no kernel uses them
     stock = _stock_of_signals.setdefault(device, [])
-    capture = _cuda.capture_of(stream)
-    if capture:  # what is captured on one stream runs in order, and shares them
-        known, held = _signals_of_captures.get((device, stream), (0, 0))
-        if known != capture:
-            held = stock.pop() if stock else 0
-            _signals_of_captures[device, stream] = capture, held
-        return held
-    mine = _signals_of_streams.get((device, stream))
-    if mine is None or not stock:
+    if len(stock) < 2:  # one is left for a capture
         size = _SIGNALS * torch.cuda.get_device_properties(device).multi_processor_count
-        made = torch.zeros(_SIGNALS_IN_STOCK + 1, size, dtype=torch.int32, device=device)
+        made = torch.zeros(_SIGNALS_IN_STOCK, size, dtype=torch.int32, device=device)
         torch.cuda.current_stream(device).synchronize()
         _signal_memory.append(made)
-        spare, *more = (row.data_ptr() for row in made)
-        stock += more
-        mine = _signals_of_streams.setdefault((device, stream), spare)
-    return mine
+        stock += [row.data_ptr() for row in made]
+    return stock.pop()
+
+
+def _signals_of_capture(capture: int, device: int, stream: int) -> int:
+    """Address of the signals of what is captured on one stream; 0 if the stock was empty."""
+    known, held = _signals_of_captures.get((device, stream), (0, 0))
+    if known != capture:
+        stock = _stock_of_signals.get(device, [])
+        held = stock.pop() if stock else 0
+        _signals_of_captures[device, stream] = capture, held
+        if not stock:
+            _memories.clear()  # so the next call outside a capture fills the stock up
+    return held
 
 
 def _is_bias_late(device: int) -> bool:

@@ -498,7 +498,7 @@ def eager_key(x: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return None
     device = x.get_device()
-    if torch.is_autocast_enabled("cuda") or torch.cuda.current_device() != device:
+    if torch.is_autocast_enabled("cuda") or torch._C._cuda_getDevice() != device:
         return None
     return x.shape, x.dtype, device
 
@@ -519,7 +519,8 @@ def settled_sparse_linear(
     if isinstance(implementation("sparse_linear", "cuda"), str) or not x.numel():
         return None
     backend = importlib.import_module("proxsparse.backend_cuda")
-    run: Callable[..., Tensor] = backend.find_run(x, values, codes, bias, compressed, dense)
+    forms = values, codes, bias, compressed, dense
+    run: Callable[..., Tensor] = backend.find_run_for_shape(x, *forms)
     return run
 
 

@@ -241,8 +241,9 @@ def test_graphs_that_run_at_once_share_no_signals(backend: Any) -> None:
     run = backend.Prefill(SHARING, 0, torch.bfloat16, n, k)
     inputs = [torch.randint(-3, 4, (512, k), device="cuda").bfloat16() for _ in range(3)]
     expected = [exact(x, w) for x in inputs]
+    backend._memories.clear()
     run(inputs[0], values, codes, None)
-    assert run._workspace_bytes
+    assert backend._memories[0, 0].workspace is not None, "the layout shares no tiles"
     streams, graphs, results = [], [], []
     for x in inputs[:2]:
         streams.append(torch.cuda.Stream())
@@ -266,14 +267,17 @@ def test_a_graph_that_finds_no_signals_shares_no_tiles(
 ) -> None:
     x, w, values, codes, _ = (t.cuda() for t in make(512, 4096, 4096))
     run = backend.Prefill(SHARING, 0, torch.bfloat16, 4096, 4096)
+    backend._memories.clear()
     run(x, values, codes, None)
-    assert run._workspace_bytes
+    assert backend._memories[0, 0].workspace is not None, "the layout shares no tiles"
     monkeypatch.setitem(backend._stock_of_signals, 0, [])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run(x, values, codes, None)
     graph.replay()
     assert torch.equal(result, exact(x, w))
+    assert torch.equal(run(x, values, codes, None), exact(x, w))
+    assert backend._stock_of_signals[0], "the next call outside a capture fills the stock up"
 
 
 @pytest.mark.sparse_tc

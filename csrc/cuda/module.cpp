@@ -30,17 +30,31 @@ using Address = std::uintptr_t;
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 #ifdef PROXSPARSE_HAS_DECODE
+// One of our kernels, in one of its layouts, for weights of one shape.
+template <typename Layout>
+struct Kernel {
+  bool is_bfloat16;  // else float16
+  int n, k;
+  Layout layout;
+};
+using Decode = Kernel<proxsparse::DecodeLayout>;
+using Prefill = Kernel<proxsparse::PrefillLayout>;
+
+template <typename Layout>
+Kernel<Layout> make_kernel(int type, int n, int k, int first, int second, int third) {
+  return {static_cast<ValueType>(type) == ValueType::kBFloat16, n, k, {first, second, third}};
+}
+
 DecodeWeight make_weight(int n, Address values, Address codes, Address bias, Address out) {
   return {pointer(values), pointer(codes), pointer(bias), pointer(out), n};
 }
 
-void decode(int type, int tokens, int k, Address x, std::int64_t x_stride,
-            const DecodeWeight* weights, int num_weights, proxsparse::DecodeLayout layout,
-            bool may_start_early, Address stream) {
-  const bool is_bfloat16 = static_cast<ValueType>(type) == ValueType::kBFloat16;
+void decode(bool is_bfloat16, int tokens, int k, Address x, const DecodeWeight* weights,
+            int num_weights, proxsparse::DecodeLayout layout, bool may_start_early,
+            Address stream) {
   const char* error =
-      proxsparse::sparse_linear_decode({pointer(x), weights, num_weights, tokens, k, x_stride,
-                                        is_bfloat16, layout, may_start_early, pointer(stream)});
+      proxsparse::sparse_linear_decode({pointer(x), weights, num_weights, tokens, k, k, is_bfloat16,
+                                        layout, may_start_early, pointer(stream)});
   if (error == nullptr) return;
   std::string shapes;
   for (int i = 0; i < num_weights; ++i) {
@@ -127,53 +141,44 @@ PYBIND11_MODULE(_cuda, m) {
 #ifdef PROXSPARSE_HAS_DECODE
   m.attr("has_decode") = true;
   m.attr("MAX_DECODE_WEIGHTS") = proxsparse::kMaxDecodeWeights;
-  m.def(
-      "sparse_linear_decode",
-      [](int type, int tokens, int k, Address x, std::int64_t x_stride, int n, Address values,
-         Address codes, Address bias, Address out, int rows, int depth, int splits,
-         bool may_start_early, Address stream) {
-        const DecodeWeight weight = make_weight(n, values, codes, bias, out);
-        decode(type, tokens, k, x, x_stride, &weight, 1, {rows, depth, splits}, may_start_early,
-               stream);
-      },
-      unlocked());
+  py::class_<Decode>(m, "Decode")
+      .def(py::init(&make_kernel<proxsparse::DecodeLayout>), py::arg("type"), py::arg("n"),
+           py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
+      .def(
+          "__call__",
+          [](const Decode& kernel, int tokens, Address x, Address values, Address codes,
+             Address bias, Address out, bool may_start_early, Address stream) {
+            const DecodeWeight weight = make_weight(kernel.n, values, codes, bias, out);
+            decode(kernel.is_bfloat16, tokens, kernel.k, x, &weight, 1, kernel.layout,
+                   may_start_early, stream);
+          },
+          unlocked());
   m.def(
       "sparse_linear_group",
-      [](int type, int tokens, int k, Address x, std::int64_t x_stride,
-         const std::vector<std::tuple<int, Address, Address, Address, Address>>& operands, int rows,
-         int depth, int splits, bool may_start_early, Address stream) {
+      [](int type, int tokens, int k, Address x,
+         const std::vector<std::tuple<int, Address, Address, Address, Address>>& operands,
+         bool may_start_early, Address stream) {
         std::vector<DecodeWeight> weights;
         for (const auto& of_one : operands) weights.push_back(std::apply(make_weight, of_one));
-        decode(type, tokens, k, x, x_stride, weights.data(), static_cast<int>(weights.size()),
-               {rows, depth, splits}, may_start_early, stream);
+        decode(static_cast<ValueType>(type) == ValueType::kBFloat16, tokens, k, x, weights.data(),
+               static_cast<int>(weights.size()), {}, may_start_early, stream);
       },
       unlocked());
   m.def("capture_of", [](Address stream) { return proxsparse::capture_of(pointer(stream)); });
-  m.def(
-      "sparse_linear_prefill",
-      [](int type, int tokens, int k, Address x, std::int64_t x_stride, int n, Address values,
-         Address codes, Address bias, Address out, int rows, int tile_tokens, int cluster,
-         bool may_start_early, Address signals, Address workspace, std::size_t workspace_bytes,
-         Address stream) {
-        const bool is_bfloat16 = static_cast<ValueType>(type) == ValueType::kBFloat16;
-        return prefill({pointer(x),
-                        pointer(values),
-                        pointer(codes),
-                        pointer(bias),
-                        pointer(out),
-                        tokens,
-                        k,
-                        n,
-                        x_stride,
-                        is_bfloat16,
-                        {rows, tile_tokens, cluster},
-                        may_start_early,
-                        pointer(workspace),
-                        workspace_bytes,
-                        static_cast<int*>(pointer(signals)),
-                        pointer(stream)});
-      },
-      unlocked());
+  py::class_<Prefill>(m, "Prefill")
+      .def(py::init(&make_kernel<proxsparse::PrefillLayout>), py::arg("type"), py::arg("n"),
+           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
+      .def(
+          "__call__",
+          [](const Prefill& kernel, int tokens, Address x, Address values, Address codes,
+             Address bias, Address out, bool may_start_early, Address stream, Address signals,
+             Address workspace, std::size_t workspace_bytes) {
+            return prefill({pointer(x), pointer(values), pointer(codes), pointer(bias),
+                            pointer(out), tokens, kernel.k, kernel.n, kernel.k, kernel.is_bfloat16,
+                            kernel.layout, may_start_early, pointer(workspace), workspace_bytes,
+                            static_cast<int*>(pointer(signals)), pointer(stream)});
+          },
+          unlocked());
 #else
   m.attr("has_decode") = false;
 #endif

@@ -40,7 +40,7 @@ constexpr int kValueRowBytes = kStep;  // a row of values of a stage: 32 of 16 b
 constexpr int kSliceRows = kCodeRows;  // of one product
 constexpr int kSliceValueBytes = kSliceRows * kValueRowBytes;
 constexpr int kCodeBytes = kStep * kCodeRows / 8;  // of a stage and a slice
-constexpr int kStagesAt = 1024;                    // before them, barriers and places of tiles
+constexpr int kStagesAt = 1024;                    // before them, barriers
 constexpr int kMostStages = 8;
 constexpr int kStoredTokens = 64, kStoredBytes = kStoredTokens * kTileRowBytes;  // by one store
 constexpr int kWarpgroups = 2;                                                   // that multiply
@@ -112,9 +112,15 @@ struct Segment {
 struct Work {
   int begin, end, chunks, next_tile, tiles, clusters;
 
-  // The first of the shared chunks that are the cluster's.
-  static __device__ int begin_of(int cluster, int clusters, int shared_tiles, int chunks) {
-    return static_cast<int>(std::int64_t{shared_tiles} * chunks * cluster / clusters);
+  // The first of the shared chunks that are the cluster's. Where every tile has as many clusters,
+  // the last of them has `extra` chunks more than the others, whose sums it would else wait for.
+  static __device__ int begin_of(int cluster, int clusters, int shared_tiles, int chunks,
+                                 int extra) {
+    if (extra == 0) {
+      return static_cast<int>(std::int64_t{shared_tiles} * chunks * cluster / clusters);
+    }
+    const int parts = clusters / shared_tiles;
+    return cluster / parts * chunks + cluster % parts * (chunks - extra) / parts;
   }
 
   __device__ bool next(Segment& segment) {
@@ -136,7 +142,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                                  const __grid_constant__ TileMap values,
                                  const __grid_constant__ TileMap y, const std::uint8_t* codes,
                                  const typename S::T* bias, int N, int K, Tiles tiles,
-                                 int shared_tiles, int cluster, int clusters, int share,
+                                 int shared_tiles, int extra, int cluster, int clusters, int share,
                                  float4* partial, int* signals) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
@@ -145,8 +151,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int chunks = K / kStep;
   Barrier* landed = reinterpret_cast<Barrier*>(shared);
   Barrier* read = landed + S::kStages;
-  Barrier* written = read + S::kStages;                                    // of results
-  TilePlace* places = reinterpret_cast<TilePlace*>(written + S::kStages);  // of a stage's tile
+  Barrier* written = read + S::kStages;  // of results
   unsigned char* ring = shared + kStagesAt;
   if (thread == 0) {
     for (int i = 0; i < S::kStages; ++i) {
@@ -160,7 +165,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (cluster > 1) synchronize_cluster();
   let_next_grid_start();
   const auto shared_begin = [&](int of) {
-    return Work::begin_of(of, clusters, shared_tiles, chunks);
+    return Work::begin_of(of, clusters, shared_tiles, chunks, extra);
+  };
+  const auto place_of = [&](int index) -> TilePlace {
+    const TilePlace tile = tiles[index];
+    return {(tile.row * cluster + part) * S::kRows, tile.token * S::kTokens};
   };
   Work work = {shared_begin(me),  shared_begin(me + 1), chunks,
                shared_tiles + me, tiles.count(),        clusters};
@@ -168,10 +177,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
   if (warpgroup == kWarpgroups) {  // copies and stores
     give_registers<kCopyRegisters>();
-    const auto place_of = [&](int index) -> TilePlace {
-      const TilePlace tile = tiles[index];
-      return {(tile.row * cluster + part) * S::kRows, tile.token * S::kTokens};
-    };
     // Visits all chunks, and after those of a tile the stages for its results, as soon as their
     // stage has been read by all, which it is from the beginning.
     const auto for_all_stages = [&](const auto& visit) {
@@ -199,7 +204,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           arrive(barrier);  // for results
           return;
         }
-        places[stage] = place;
         arrive_and_expect(barrier, S::kBytes);
         copy_tile(at + S::kValuesAt, values, place.row, chunk * kStep / 2, barrier);
 #pragma unroll
@@ -331,7 +335,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       // While the last products are under way.
       float row_bias[S::kSlices][2] = {};
       if (bias != nullptr) {
-        const int row = places[before].row;
+        const int row = place_of(segment.tile).row;
 #pragma unroll
         for (int i = 0; i < 2 * S::kSlices; ++i) {
           const int slice = first_slice + i / 2;
@@ -419,6 +423,7 @@ struct Plan {
   PrefillLayout layout;
   Tiles tiles;
   int clusters = 0, shared_tiles = 0;
+  int extra = 0;  // chunks, see `Work`
 
   std::size_t workspace_bytes() const {
     if (shared_tiles == 0) return 0;
@@ -447,7 +452,7 @@ const char* launch(const PrefillCall& call, int index, const Device& device, con
                           plan.clusters * cluster, cluster, S::kThreads, S::kSharedBytes, x, values,
                           y, static_cast<const std::uint8_t*>(call.codes),
                           static_cast<const T*>(call.bias), call.out_features, call.in_features,
-                          plan.tiles, plan.shared_tiles, cluster, plan.clusters, share,
+                          plan.tiles, plan.shared_tiles, plan.extra, cluster, plan.clusters, share,
                           static_cast<float4*>(call.workspace), call.signals);
 }
 
@@ -463,6 +468,7 @@ constexpr Candidate kCandidates[] = {
 };
 // To store results; for a sum that is passed on, to write it, and to wait for it and add it.
 constexpr double kTileClocks = 100, kPartClocks = 5000, kAddClocks = 4000;
+constexpr double kExtraClocks = 3300;  // of kPartClocks, which the last part of a tile can work on
 
 // The plan with the least time.
 Plan make_plan(const PrefillCall& call, const Device& device) {
@@ -496,9 +502,12 @@ Plan make_plan(const PrefillCall& call, const Device& device) {
     }
     for (int parts = 2; parts <= 8 && parts <= chunks; ++parts) {
       const int clusters = std::min(count * parts, most);
+      const int extra = clusters % count == 0
+                            ? std::min(static_cast<int>(kExtraClocks / clocks), chunks - parts)
+                            : 0;
       consider(divide(count * chunks, clusters) * clocks + kTileClocks + kPartClocks +
                    (divide(clusters, count) - 1) * kAddClocks,
-               {layout, tiles, clusters, count});
+               {layout, tiles, clusters, count, extra});
       if (clusters == most) break;
     }
   }
