@@ -551,6 +551,45 @@ assert results[0] < 0.01
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_stream_keeps_the_larger_of_its_memories(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = {1: 0, 2: 0, 3: 7}
+    monkeypatch.setattr(backend_cuda, "_memories", {})
+    monkeypatch.setattr(backend_cuda, "_capture_of", captures.__getitem__)
+    signals = iter((10, 20))
+    monkeypatch.setattr(backend_cuda, "_take_signals", lambda _: next(signals))
+    monkeypatch.setattr(backend_cuda, "_signals_of_capture", lambda *_: 30)
+    small = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: small(size, dtype=dtype))
+
+    first = backend_cuda._memory(0, 1)
+    assert first == (10, None, 0, 0)
+    grown = backend_cuda._grow(first, 64, 0, 1)
+    assert grown.signals == 10
+    assert grown.size == grown.workspace.numel() == 64
+    assert grown.address == grown.workspace.data_ptr()
+    assert backend_cuda._memory(0, 1) is grown
+    # A thread that still has the first one makes its own, and does not replace the other's.
+    backend_cuda._grow(first, 32, 0, 1)
+    assert backend_cuda._memory(0, 1) is grown
+    assert backend_cuda._memory(0, 2) == (20, None, 0, 0)
+    captured = backend_cuda._memory(0, 3)
+    assert backend_cuda._grow(captured, 64, 0, 3).signals == 30
+    assert backend_cuda._memory(0, 3) == (30, None, 0, 0), "what is captured is kept by the graph"
+
+
+def test_a_capture_that_empties_the_stock_has_it_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    memories = {(0, 1): backend_cuda._Memory(10)}
+    monkeypatch.setattr(backend_cuda, "_memories", memories)
+    monkeypatch.setattr(backend_cuda, "_stock_of_signals", {0: [30, 20]})
+    monkeypatch.setattr(backend_cuda, "_signals_of_captures", {})
+    assert backend_cuda._signals_of_capture(5, 0, 1) == 20
+    assert backend_cuda._signals_of_capture(5, 0, 1) == 20, "one capture shares them"
+    assert memories
+    assert backend_cuda._signals_of_capture(5, 0, 2) == 30, "but not with another stream"
+    assert not memories, "the next call takes signals anew, and with that fills the stock up"
+    assert backend_cuda._signals_of_capture(6, 0, 1) == 0
+
+
 @sparse_tc
 def test_two_streams_do_not_share_a_workspace() -> None:
     layer = Layer(4096, 4096)

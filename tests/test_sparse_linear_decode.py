@@ -281,7 +281,7 @@ def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPat
 def test_a_weight_is_read_early_only_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = pytest.importorskip("proxsparse.backend_cuda", reason="the extension was not built")
     early = []
-    fake = SimpleNamespace(sparse_linear_decode=lambda *operands: early.append(operands[-2]))
+    fake = SimpleNamespace(Decode=lambda *_: lambda *operands: early.append(operands[-2]))
     monkeypatch.setattr(backend, "_cuda", fake)
     monkeypatch.setattr(backend, "_stream", lambda _: 0)
     run = backend.Decode((0, 0, 0), 0, torch.bfloat16, 64, 64)
