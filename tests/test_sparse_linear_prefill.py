@@ -137,10 +137,10 @@ def test_tiles_that_blocks_share(
     rows, tokens, cluster = layout
     k = 64 * (32 if tokens > 128 else 64)  # enough to be worth it
     device = (10 + cluster, 5 * cluster, 9)
-    # Five clusters share one, three, six, or of twelve the last seven tiles: at most three take part
-    # in one, and some have the end of one, a whole one and the beginning of a third. Of the one
-    # tile, two have parts of unlike length.
-    for row_tiles, token_tiles in ((1, 1), (1, 3), (2, 3), (12, 1)):
+    # Two or three clusters share one tile, and four share two: the last part of each is longer.
+    # Five share six, or of twelve the last seven: at most three take part in one, and some have the
+    # end of one, a whole one and the beginning of a third.
+    for row_tiles, token_tiles in ((1, 1), (1, 2), (2, 3), (12, 1)):
         m, n = token_tiles * tokens - 40, row_tiles * rows * cluster - 56
         x, w, values, codes, bias = make(m, n, k)
         y = emulate(
