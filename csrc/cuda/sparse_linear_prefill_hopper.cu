@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     Turn turn;
     bool owes_signal = false;
     const auto release = [&](int stage) {  // to all blocks that copy to it
+      __syncwarp();                        // every lane has read
       if (lane < cluster) arrive_at(lane, read + stage);
     };
     const auto keep_all = [&](const std::uint32_t (&values)[S::kSlices]) {
