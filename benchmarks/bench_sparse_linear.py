@@ -445,7 +445,11 @@ def main() -> None:
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "dense_tflop_per_s": round(peak / 1e12, 1),
         "torch_algorithms": torch_algorithms,
-        "summary": {name: round(value, 3) for name, value in summarize(rows).items()},
+        "summary": {
+            name: round(value, 3)
+            for name, value in summarize(rows).items()
+            if not math.isnan(value)  # none of its token counts was measured
+        },
         "rows": rows,
     }
     write(rows, result, args.out or results_directory())

@@ -14,8 +14,8 @@
 // come stages for its results, which are lent as if they had been copied to, and free again when
 // they are stored; meanwhile the next tile is multiplied. Tiles seldom fill whole waves. So those
 // beyond the last but one are shared out by columns (as in stream-K, Osama et al. 2023,
-// arXiv:2301.03598): all blocks get equal parts of them, and who has the last columns of a tile
-// adds what others have summed.
+// arXiv:2301.03598): all blocks get equal parts of them, or nearly so, and who has the last columns
+// of a tile adds what others have summed.
 //
 // What lies between a stage that has been read and its next data costs most, see
 // benchmarks/results/NOTES.md: no division, and no loop that ptxas makes where it does not know
