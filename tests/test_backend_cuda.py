@@ -558,8 +558,8 @@ def test_a_stream_keeps_the_larger_of_its_memories(monkeypatch: pytest.MonkeyPat
     signals = iter((10, 20))
     monkeypatch.setattr(backend_cuda, "_take_signals", lambda _: next(signals))
     monkeypatch.setattr(backend_cuda, "_signals_of_capture", lambda *_: 30)
-    small = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: small(size, dtype=dtype))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
 
     first = backend_cuda._memory(0, 1)
     assert first == (10, None, 0, 0)
