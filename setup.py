@@ -295,7 +295,7 @@ if __name__ == "__main__":
         ],
         package_dir={"proxsparse.kernels": "kernels"},
         package_data={
-            "proxsparse": ["py.typed", "tables/*.json"],
+            "proxsparse": ["py.typed", "backends/tables/*.json"],
             "proxsparse.demo_model": ["*"],
         },
         # optional: whether they are built is decided in NinjaBuild.

@@ -12,7 +12,7 @@ import torch
 from fused_update import IN_FEATURES, FusedUpdate, check_prox, main
 from torch import Tensor
 
-from proxsparse import reference
+from proxsparse.ops import reference
 
 
 def make_tensors(

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from harness import describe_run, pick_device, results_directory, show_log
 
-from proxsparse.loading import build_model
-from proxsparse.memory import memory_gb
-from proxsparse.pruning import load_data, run_method, settle_memory
-from proxsparse.recipe import Recipe, make_recipe
-from proxsparse.targets import find_targets
+from proxsparse.models.loading import build_model
+from proxsparse.learning.memory import memory_gb
+from proxsparse.jobs.prune import load_data, run_method, settle_memory
+from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.models.targets import find_targets
 
 LLAMA_8B = {
     "model_type": "llama",

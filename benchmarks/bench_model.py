@@ -10,7 +10,7 @@ it computes what the sparse one does: its logits are the reference, and it reads
 because multiplying by zeros takes less power, and so a GPU at its power limit is faster at it.
 
 All run on the same stack: transformers, its sdpa attention, and for decoding
-`proxsparse.generation.Decoder`, on a GPU as a CUDA graph. torch.compile fuses small kernels in all
+`proxsparse.inference.decoding.Decoder`, on a GPU as a CUDA graph. torch.compile fuses small kernels in all
 of them (in the sparse model also products of one input): of a decode step as a whole, of a prompt
 in each decoder block, because what is decided before the blocks, as that no mask is needed, is
 decided differently while all of it is traced. Reading prompts takes a GPU to its power limit, which
@@ -39,12 +39,14 @@ from bench_learn_8b import LLAMA_8B, TINY
 from harness import copy_bandwidth, describe_run, pick_device, results_directory, time_interleaved
 from torch import Tensor, nn
 
-from proxsparse import ops, sparsify_, tuning
-from proxsparse.generation import Decoder
-from proxsparse.loading import build_model
-from proxsparse.patch import state_bytes
-from proxsparse.sparse_linear import MEMORY, sparse_layers
-from proxsparse.targets import find_targets
+from proxsparse import ops
+from proxsparse import sparsify_
+from proxsparse.backends import choice as tuning
+from proxsparse.inference.decoding import Decoder
+from proxsparse.models.loading import build_model
+from proxsparse.inference.sparsify import state_bytes
+from proxsparse.inference.sparse_linear import MEMORY, sparse_layers
+from proxsparse.models.targets import find_targets
 
 PROMPT = 128  # tokens read before decoding is timed
 LOGITS_KEPT = 64  # positions compared, at most

@@ -9,7 +9,8 @@ import torch
 from one_pass import OnePass, main
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import ops
+from proxsparse.ops import reference
 
 
 def check(w: Tensor, _: None) -> None:

@@ -13,7 +13,8 @@ import torch
 from one_pass import OnePass, main
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import ops
+from proxsparse.ops import reference
 
 
 def published_prox(z: Tensor, lam: float, tolerance: float = 1e-6, max_sweeps: int = 100) -> Tensor:

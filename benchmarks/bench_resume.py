@@ -23,9 +23,9 @@ from typing import Any
 from harness import describe_run, results_directory
 
 from proxsparse import Masks
-from proxsparse.calibration import read_text, to_blocks, tokenize_text
-from proxsparse.evaluate import evaluate_perplexity
-from proxsparse.loading import load_model, resolve_device
+from proxsparse.data.calibration import read_text, to_blocks, tokenize_text
+from proxsparse.jobs.evaluate import evaluate_perplexity
+from proxsparse.models.loading import load_model, resolve_device
 
 CODE = """
 import json, sys

@@ -32,8 +32,9 @@ import torch
 from harness import copy_bandwidth, describe_run, results_directory, time_once
 from torch import Tensor
 
-from proxsparse import ops, tuning
-from proxsparse.sparse_linear import SparseLinear
+from proxsparse import ops
+from proxsparse.backends import choice as tuning
+from proxsparse.inference.sparse_linear import SparseLinear
 
 # (N, K, has_bias) of the layers of a block; q, k and v of a model share K, gate and up are alike.
 MODELS = {

@@ -49,7 +49,7 @@ class Weight(NamedTuple):
 
 def backends(n: int, k: int, x: Tensor) -> dict[str, Callable[[Weight], Tensor]]:
     """What there is to time on a weight [n, k], by name."""
-    from proxsparse import backend_cuda
+    from proxsparse.backends import cuda as backend_cuda
 
     found: dict[str, Callable[[Weight], Tensor]] = {}
     device, dtype = x.get_device(), x.dtype

@@ -31,7 +31,8 @@ from harness import (
 )
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import ops
+from proxsparse.ops import reference
 
 IN_FEATURES = 4096
 MAX_EAGER = 2**24

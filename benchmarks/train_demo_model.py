@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/train_demo_model.py --with-tests --compile --seconds 240
 
 A Llama of 3.2 M parameters with a byte-level BPE tokenizer, on the text of Python's standard
-library (proxsparse/corpus.py). The pruning methods only rank as they do on large models when little
+library (proxsparse/data/corpus.py). The pruning methods only rank as they do on large models when little
 is left to learn, so the run is long for the size: some 500 M tokens, minutes on a data-centre GPU.
 That is dozens of passes over the text; the weights kept are those of the lowest held-out loss. With
 --steps the run repeats for a seed (on a GPU up to the order of its atomic additions); with
@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from proxsparse.corpus import stdlib_texts
+from proxsparse.data.corpus import stdlib_texts
 
 END_OF_TEXT = "<|endoftext|>"  # id 0: stands before every document, and is bos, eos and pad
 CONTEXT = 512

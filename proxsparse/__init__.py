@@ -16,16 +16,16 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from proxsparse.registration import register
+from proxsparse.inference.registration import register
 
 if TYPE_CHECKING:
     from proxsparse.config import CalibrationConfig, LearnConfig, RunConfig, TargetConfig
     from proxsparse.errors import Interrupted, ProxsparseError
-    from proxsparse.evaluate import evaluate_perplexity
-    from proxsparse.masks import Masks, apply_masks_, keep_masks_, masks_of
-    from proxsparse.patch import densify_, sparsify_
-    from proxsparse.pruning import PruneResult, learn_masks, prune
-    from proxsparse.sparse_linear import SparseLinear
+    from proxsparse.jobs.evaluate import evaluate_perplexity
+    from proxsparse.models.masks import Masks, apply_masks_, keep_masks_, masks_of
+    from proxsparse.inference.sparsify import densify_, sparsify_
+    from proxsparse.jobs.prune import PruneResult, learn_masks, prune
+    from proxsparse.inference.sparse_linear import SparseLinear
 
 try:
     __version__ = version("proxsparse")
@@ -36,20 +36,20 @@ _HOME = {
     "CalibrationConfig": "config",
     "Interrupted": "errors",
     "LearnConfig": "config",
-    "Masks": "masks",
+    "Masks": "models.masks",
     "ProxsparseError": "errors",
-    "PruneResult": "pruning",
+    "PruneResult": "jobs.prune",
     "RunConfig": "config",
-    "SparseLinear": "sparse_linear",
+    "SparseLinear": "inference.sparse_linear",
     "TargetConfig": "config",
-    "apply_masks_": "masks",
-    "densify_": "patch",
-    "evaluate_perplexity": "evaluate",
-    "keep_masks_": "masks",
-    "learn_masks": "pruning",
-    "masks_of": "masks",
-    "prune": "pruning",
-    "sparsify_": "patch",
+    "apply_masks_": "models.masks",
+    "densify_": "inference.sparsify",
+    "evaluate_perplexity": "jobs.evaluate",
+    "keep_masks_": "models.masks",
+    "learn_masks": "jobs.prune",
+    "masks_of": "models.masks",
+    "prune": "jobs.prune",
+    "sparsify_": "inference.sparsify",
 }
 
 __all__ = [

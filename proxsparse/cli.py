@@ -158,7 +158,7 @@ def prune(
 
     Example: proxsparse prune ./llama --calibration text.txt --output ./llama-2to4
     """
-    from proxsparse.pruning import prune as run
+    from proxsparse.jobs.prune import prune as run
 
     _quiet_transformers()
     result = run(model, output, method=method, preset=preset, resume=resume, **settings)
@@ -195,7 +195,7 @@ def apply(
     console: Console,
 ) -> dict[str, Any]:
     """Put a mask file on its base model, bit-identically to what prune wrote."""
-    from proxsparse.pruning import apply as run
+    from proxsparse.jobs.prune import apply as run
 
     _quiet_transformers()
     report = run(model, mask, output, force=force, device=device).report
@@ -224,7 +224,7 @@ def pack(
 
     Example: proxsparse pack ./llama-2to4 --output ./llama-packed
     """
-    from proxsparse.packing import pack as run
+    from proxsparse.jobs.pack import pack as run
 
     _quiet_transformers()
     result = run(model, output, memory=memory)
@@ -251,7 +251,7 @@ def unpack(
 
     Every program that reads Hugging Face models reads that one.
     """
-    from proxsparse.packing import unpack as run
+    from proxsparse.jobs.pack import unpack as run
 
     _quiet_transformers()
     result = run(model, output)
@@ -285,7 +285,7 @@ def advise(
 
     Example: proxsparse advise ./llama --tokens 1,4096
     """
-    from proxsparse.advice import advise as run
+    from proxsparse.jobs.advise import advise as run
 
     _quiet_transformers()
     try:
@@ -356,7 +356,7 @@ def generate(
 
     Example: proxsparse generate ./llama-2to4 --prompt "Once upon a time"
     """
-    from proxsparse.generation import generate as run
+    from proxsparse.inference.decoding import generate as run
 
     _quiet_transformers()
     result = run(
@@ -408,7 +408,7 @@ def inspect_(
     console: Console,
 ) -> dict[str, Any]:
     """Show each layer's shape, 2:4 validity, zeros and overlap with magnitude pruning."""
-    from proxsparse.inspection import inspect_model
+    from proxsparse.jobs.inspect import inspect_model
 
     _quiet_transformers()
     result = inspect_model(model, base)
@@ -450,7 +450,7 @@ def eval_(
     console: Console,
 ) -> dict[str, Any]:
     """Measure perplexity on a text, and lm-eval tasks if asked for."""
-    from proxsparse.evaluate import evaluate_model
+    from proxsparse.jobs.evaluate import evaluate_model
 
     _quiet_transformers()
     result = evaluate_model(
@@ -471,7 +471,7 @@ def eval_(
 @_command
 def env(*, console: Console) -> dict[str, Any]:
     """Show versions, devices, and which backend runs each op here, or why not."""
-    from proxsparse.environment import describe_environment
+    from proxsparse.jobs.environment import describe_environment
 
     result = describe_environment()
     for name, version in result["versions"].items():
@@ -496,7 +496,7 @@ def demo(
     console: Console,
 ) -> dict[str, Any]:
     """Learn and compare masks on a small model that ships with the package; needs no network."""
-    from proxsparse.demo import run_demo
+    from proxsparse.jobs.demo import run_demo
 
     _quiet_transformers()
     logging.getLogger("proxsparse").setLevel(logging.WARNING)  # its runs are not the user's

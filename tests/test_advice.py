@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import proxsparse
-from proxsparse import ProxsparseError, advice
-from proxsparse.advice import advise, measure
+from proxsparse import ProxsparseError
+from proxsparse.jobs import advise as advice
+from proxsparse.jobs.advise import advise, measure
 
 DEMO = Path(proxsparse.__file__).parent / "demo_model"
 
@@ -60,7 +61,7 @@ def test_patterns_and_packed_directories(tmp_path: Path) -> None:
     result = advise(DEMO, targets=("down_proj",), device="cpu")
     assert [row["shape"] for row in result["shapes"]] == [[192, 512]]
     proxsparse.prune(DEMO, tmp_path / "pruned", method="magnitude")
-    from proxsparse.packing import pack
+    from proxsparse.jobs.pack import pack
 
     pack(tmp_path / "pruned", tmp_path / "packed")
     assert advise(tmp_path / "packed", device="cpu") == advise(DEMO, device="cpu")

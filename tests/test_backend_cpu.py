@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import ops
+from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
 
-backend_cpu = pytest.importorskip("proxsparse.backend_cpu", reason="the extension was not built")
+backend_cpu = pytest.importorskip("proxsparse.backends.cpu", reason="the extension was not built")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Half a unit in the last place of each dtype, relative.

@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import ops, reference, tuning
+from proxsparse import ops
+from proxsparse.backends import choice as tuning
+from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
 
-cusparselt = pytest.importorskip("proxsparse.cusparselt", reason="the extension was not built")
-backend_cuda = pytest.importorskip("proxsparse.backend_cuda", reason="the extension was not built")
+cusparselt = pytest.importorskip("proxsparse.backends.cusparselt", reason="the extension was not built")
+backend_cuda = pytest.importorskip("proxsparse.backends.cuda", reason="the extension was not built")
 
 ROOT = Path(__file__).parents[1]
 HEADER = (ROOT / "csrc/cuda/cusparselt.h").read_text(encoding="utf-8")
@@ -253,7 +255,7 @@ def drive(folder: Path, code: str) -> list[str]:
     make_library(folder, DRIVER, "libcuda.so.1")
     setup = """
 cusparselt.library()
-from proxsparse.cusparselt import extension as cuda
+from proxsparse.backends.cusparselt import extension as cuda
 def layer(has_bias=False, algorithm=-1, late=True, split_k=1, mode=0, device=0):
     return cuda.SparseLinear(device, 0, 32, 64, has_bias, algorithm, split_k, mode, late)
 def run(layer, tokens=8, bias=0, workspace=64, weight=100):
@@ -526,7 +528,9 @@ def test_capture_as_the_very_first_call() -> None:
     """Handle and plan are made during capture, in a process that has neither."""
     code = """
 import torch
-from proxsparse import backend_cuda, ops, tuning
+from proxsparse import ops
+from proxsparse.backends import choice as tuning
+from proxsparse.backends import cuda as backend_cuda
 w = ops.project_2to4(torch.randn(512, 512, device="cuda", dtype=torch.bfloat16))
 packed, bias = ops.pack_2to4(w), torch.randn(512, device="cuda", dtype=torch.bfloat16)
 compressed = ops.compress_2to4(w)
@@ -685,7 +689,7 @@ def test_what_does_not_agree_is_refused() -> None:
 def test_the_ops_are_what_pytorch_expects() -> None:
     layer = Layer(256, 128)
     arguments = (randn(1024, 128), layer.values, layer.codes, layer.bias, layer.compressed, None)
-    torch.library.opcheck(torch.ops.proxsparse.sparse_linear.default, arguments)
+    torch.library.opcheck(torch.ops.proxsparse.inference.sparse_linear.default, arguments)
     torch.library.opcheck(
         torch.ops.proxsparse.compress_2to4.default,
         (layer.dense,),
@@ -723,7 +727,7 @@ def test_tuning_on_this_gpu() -> None:
 
 @sparse_tc
 def test_the_worker_answers_for_what_it_survives() -> None:
-    worker = importlib.import_module("proxsparse.tuning_worker")
+    worker = importlib.import_module("proxsparse.tuning.trials")
     cell = tuning.Cell(512, 1024, 64, "bfloat16", True)
     bench = worker.Bench(0)
     answer: Callable[..., dict] = worker.answer

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
-from proxsparse import calibration, corpus
-from proxsparse.calibration import load_calibration, read_text, to_blocks, tokenize_text
+from proxsparse.data import calibration
+from proxsparse.data import corpus
+from proxsparse.data.calibration import load_calibration, read_text, to_blocks, tokenize_text
 from proxsparse.config import CalibrationConfig
 from proxsparse.errors import ProxsparseError
 

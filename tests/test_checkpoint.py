@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from proxsparse.checkpoint import Checkpoints
+from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.errors import ProxsparseError
 
 

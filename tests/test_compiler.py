@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 
-from proxsparse import ops, sparsify_
-from proxsparse.compiler import GroupProducts, compile_grouped
-from proxsparse.sparse_linear import SparseLinear
-from proxsparse.targets import find_targets
+from proxsparse import ops
+from proxsparse import sparsify_
+from proxsparse.inference.compiler import GroupProducts, compile_grouped
+from proxsparse.inference.sparse_linear import SparseLinear
+from proxsparse.models.targets import find_targets
 
 PASS = "post_grad_custom_pre_pass"
 GROUP = torch.ops.proxsparse.sparse_linear_group.default
@@ -54,7 +55,7 @@ def keep_settings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         kept.append(config_patches)
         return module
 
-    monkeypatch.setattr("proxsparse.compiler.compile_fx", compile_fx)
+    monkeypatch.setattr("proxsparse.inference.compiler.compile_fx", compile_fx)
     return kept
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxsparse.corpus import _is_heldout, stdlib_texts
+from proxsparse.data.corpus import _is_heldout, stdlib_texts
 from proxsparse.errors import ProxsparseError
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.masks import Masks
-from proxsparse.pruning import prune
+from proxsparse.models.masks import Masks
+from proxsparse.jobs.prune import prune
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 SETTINGS: dict[str, Any] = {
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
 }
 # The server imports once; its children are there at once.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "accelerate", "proxsparse.pruning"])
+_CONTEXT.set_forkserver_preload(["torch", "transformers", "accelerate", "proxsparse.jobs.prune"])
 
 
 def launch(
@@ -131,7 +131,7 @@ def test_a_killed_job_goes_on_with_another_number_of_processes(
             prune(path, output, random_init=True, **SETTINGS, **changes)
 
     if before == 1:
-        from proxsparse import learn
+        from proxsparse.learning import loop as learn
 
         class Killed(BaseException):
             pass

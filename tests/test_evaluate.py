@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxsparse import ProxsparseError, evaluate_perplexity
-from proxsparse.evaluate import remaining_loss
+from proxsparse.jobs.evaluate import remaining_loss
 
 REF = Path(os.environ.get("PROXSPARSE_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse import reference
+from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import gate_project_, gate_update_, implementation, use_backend
 

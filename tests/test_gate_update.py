@@ -13,7 +13,7 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import gate_update_, implementation, use_backend
-from proxsparse.reference import mask_2to4, prox_2to4
+from proxsparse.ops.reference import mask_2to4, prox_2to4
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 5e-6}
 BETAS, EPS = (0.9, 0.999), 1e-8

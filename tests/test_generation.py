@@ -13,8 +13,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-from proxsparse import ProxsparseError, ops, sparsify_
-from proxsparse.generation import (
+from proxsparse import ProxsparseError, sparsify_
+from proxsparse import ops
+from proxsparse.inference.decoding import (
     _STEP_ATTENTION,
     Decoder,
     NoStaticCache,
@@ -25,7 +26,7 @@ from proxsparse.generation import (
     decode_greedily,
     generate,
 )
-from proxsparse.targets import find_targets
+from proxsparse.models.targets import find_targets
 
 TinyModel = Callable[[str], Any]
 WITHOUT_STATIC_CACHE = ("dbrx", "jetmoe")
@@ -442,7 +443,7 @@ def test_a_compiled_step_gives_what_the_step_gives(lively: TinyModel) -> None:
 
 @pytest.mark.sparse_tc
 def test_a_compiled_step_in_16_bits_shares_launches(lively: TinyModel, monkeypatch: Any) -> None:
-    backend = pytest.importorskip("proxsparse.backend_cuda")
+    backend = pytest.importorskip("proxsparse.backends.cuda")
     config = lively("llama").config
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
     model = prune_(LlamaForCausalLM(config).eval()).to("cuda", torch.bfloat16)

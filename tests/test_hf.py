@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from proxsparse import ProxsparseError, SparseLinear, densify_, ops, sparsify_
-from proxsparse.targets import find_targets
+from proxsparse import ProxsparseError, SparseLinear, densify_, sparsify_
+from proxsparse import ops
+from proxsparse.models.targets import find_targets
 
 TinyModel = Callable[[str], Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,7 +217,7 @@ assert not [f for f in sys.meta_path if "proxsparse" in type(f).__module__]
 def test_registering_twice_is_once() -> None:
     code = """
 import sys, proxsparse
-from proxsparse.registration import register
+from proxsparse.inference.registration import register
 register()
 assert sum("proxsparse" in type(f).__module__ for f in sys.meta_path) == 1
 import transformers.quantizers.auto as auto

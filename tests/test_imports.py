@@ -119,7 +119,7 @@ def test_the_kernels_package_is_a_docstring() -> None:
 
 
 def test_reference_imports_torch_and_nothing_of_ours() -> None:
-    names = imports("proxsparse.reference")
+    names = imports("proxsparse.ops.reference")
     assert third_party(names) == {"torch"}
     assert not first_party(names)
 
@@ -131,17 +131,17 @@ def test_ops_imports_reference_and_errors() -> None:
 
 
 def test_the_cpu_backend_joins_the_extension_to_torch_and_no_more() -> None:
-    names = imports("proxsparse.backend_cpu")
+    names = imports("proxsparse.backends.cpu")
     assert third_party(names) == {"torch"}
     assert first_party(names) == {"_cpu"}
 
 
 def test_the_cuda_backend_knows_its_library_and_what_to_run() -> None:
-    names = imports("proxsparse.backend_cuda")
+    names = imports("proxsparse.backends.cuda")
     assert third_party(names) == {"torch"}
     assert first_party(names) == {"cusparselt", "errors", "reference", "tuning"}
-    assert first_party(imports("proxsparse.cusparselt")) == {"_cuda", "errors"}
-    assert first_party(imports("proxsparse.tuning")) == {"cusparselt", "errors"}
+    assert first_party(imports("proxsparse.backends.cusparselt")) == {"_cuda", "errors"}
+    assert first_party(imports("proxsparse.backends.choice")) == {"cusparselt", "errors"}
 
 
 @pytest.mark.parametrize("module", ["proxsparse.errors", "proxsparse.config"])
@@ -155,9 +155,9 @@ def test_configs_and_errors_need_no_library(module: str) -> None:
 def test_backends_are_reached_through_ops_only(module: str) -> None:
     names = {name.split(".")[0] for name in first_party(imports(module))}
     allowed = {
-        "proxsparse.backend_cpu": {"_cpu"},
-        "proxsparse.cusparselt": {"_cuda"},
-        "proxsparse.tuning_worker": {"backend_cuda"},  # measures what ops would not choose
+        "proxsparse.backends.cpu": {"_cpu"},
+        "proxsparse.backends.cusparselt": {"_cuda"},
+        "proxsparse.tuning.trials": {"backend_cuda"},  # measures what ops would not choose
     }.get(module, set())
     assert names & {"kernels", "_cpu", "_cuda", "backend_cpu", "backend_cuda"} == allowed
     assert "triton" not in third_party(imports(module))
@@ -181,7 +181,7 @@ def test_layers_do_not_reach_up(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_heavy_libraries_are_imported_when_needed(module: str) -> None:
-    if module == "proxsparse.hf":  # subclasses what is in transformers; imported when that is
+    if module == "proxsparse.inference.quantizer":  # subclasses what is in transformers; imported when that is
         return
     heavy = {"transformers", "datasets", "matplotlib", "pyarrow", "lm_eval", "accelerate"}
     assert not third_party(imports(module, lazy=False)) & heavy

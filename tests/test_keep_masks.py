@@ -9,16 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import (
-    ProxsparseError,
-    apply_masks_,
-    densify_,
-    keep_masks_,
-    masks_of,
-    ops,
-    sparsify_,
-)
-from proxsparse.targets import find_targets
+from proxsparse import ProxsparseError, apply_masks_, densify_, keep_masks_, masks_of, sparsify_
+from proxsparse import ops
+from proxsparse.models.targets import find_targets
 
 OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),

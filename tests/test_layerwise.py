@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse.layerwise import Gram, InputNorm, collect_input_norms, prune_block_by_block
-from proxsparse.observe import observe_inputs
+from proxsparse.learning.layerwise import Gram, InputNorm, collect_input_norms, prune_block_by_block
+from proxsparse.models.observe import observe_inputs
 from proxsparse.ops import project_2to4
-from proxsparse.targets import find_targets
+from proxsparse.models.targets import find_targets
 
 
 def tokens() -> torch.Tensor:

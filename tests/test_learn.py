@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse import learn as learning
-from proxsparse.checkpoint import Checkpoints
+from proxsparse.learning import loop as learning
+from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.config import LearnConfig
 from proxsparse.errors import Interrupted, ProxsparseError
-from proxsparse.learn import Job
+from proxsparse.learning.loop import Job
 from proxsparse.methods import METHODS
-from proxsparse.targets import find_targets
+from proxsparse.models.targets import find_targets
 
 LEARNED = [m.name for m in METHODS.values() if m.learned]
 MODES = [(m.name, memory) for m in METHODS.values() for memory in m.memory]

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse import memory, pruning
+from proxsparse.jobs import prune as pruning
+from proxsparse.learning import memory
 from proxsparse.errors import ProxsparseError
-from proxsparse.loading import build_model
-from proxsparse.memory import choose_memory, estimate_memory
+from proxsparse.models.loading import build_model
+from proxsparse.learning.memory import choose_memory, estimate_memory
 from proxsparse.methods import METHODS
-from proxsparse.pruning import learn_masks, prune
-from proxsparse.targets import find_targets
+from proxsparse.jobs.prune import learn_masks, prune
+from proxsparse.models.targets import find_targets
 
 GATES, CPU = METHODS["gates"].memory, torch.device("cpu")
 LLAMA_8B = """{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
@@ -105,7 +106,7 @@ def test_out_of_memory_names_the_next_mode(tiny_model: Any, monkeypatch: Any) ->
     def fail(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr("proxsparse.learn._Run.step", fail)
+    monkeypatch.setattr("proxsparse.learning.loop._Run.step", fail)
     for mode, way_out in (("fast", "--memory balanced, a smaller"), ("low", "try a smaller")):
         with pytest.raises(ProxsparseError, match=rf"out of memory .*2 GiB\): .*{way_out}"):
             learn(tiny_model("llama"), memory=mode)

@@ -9,13 +9,13 @@ import torch
 
 from proxsparse.config import LearnConfig, SparseGPTConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.learn import Job
-from proxsparse.masks import apply_masks_
+from proxsparse.learning.loop import Job
+from proxsparse.models.masks import apply_masks_
 from proxsparse.methods import METHODS, get_method
 from proxsparse.methods.sparsegpt import _prune_matrix
-from proxsparse.observe import observe_inputs
+from proxsparse.models.observe import observe_inputs
 from proxsparse.ops import mask_2to4
-from proxsparse.targets import find_targets
+from proxsparse.models.targets import find_targets
 
 
 def make_job(model: Any, method: str, options: Any = None) -> Job:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.observe import observe_inputs
-from proxsparse.targets import Target, find_targets
+from proxsparse.models.observe import observe_inputs
+from proxsparse.models.targets import Target, find_targets
 
 TOKENS = 18
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import ops
+from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
 
 # Values that ranking and zeroing must treat alike everywhere.

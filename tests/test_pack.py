@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import proxsparse
 from proxsparse import Masks, ProxsparseError, SparseLinear
-from proxsparse.evaluate import evaluate_model
-from proxsparse.inspection import inspect_model
-from proxsparse.packing import pack, unpack
+from proxsparse.jobs.evaluate import evaluate_model
+from proxsparse.jobs.inspect import inspect_model
+from proxsparse.jobs.pack import pack, unpack
 
 DEMO = Path(proxsparse.__file__).parent / "demo_model"
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import ops
+from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import (
     implementation,
@@ -20,7 +21,7 @@ from proxsparse.ops import (
     unpack_2to4,
     use_backend,
 )
-from proxsparse.reference import codes_to_mask, mask_to_codes
+from proxsparse.ops.reference import codes_to_mask, mask_to_codes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PAIRS = tuple(itertools.combinations(range(4), 2))

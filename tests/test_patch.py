@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from proxsparse import ProxsparseError, SparseLinear, densify_, ops, sparsify_
-from proxsparse.targets import find_targets
+from proxsparse import ProxsparseError, SparseLinear, densify_, sparsify_
+from proxsparse import ops
+from proxsparse.models.targets import find_targets
 
 TinyModel = Callable[[str], Any]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.precision import computing_in, eval_mode, resolve_dtype
+from proxsparse.models.precision import computing_in, eval_mode, resolve_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

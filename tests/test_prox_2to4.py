@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proxsparse import reference
+from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import implementation, project_2to4, prox_2to4, use_backend
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import reference
+from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import implementation, prox_2to4, prox_adamw_, use_backend
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.recipe import PRESETS, make_recipe
+from proxsparse.jobs.recipe import PRESETS, make_recipe
 
 
 @pytest.mark.parametrize("preset", PRESETS)

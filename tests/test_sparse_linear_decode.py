@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import ops
+from proxsparse.ops import reference
 
 # A device, the shared memory of its blocks and its major compute capability.
 HOPPER, ADA, BLACKWELL = (0, 227 * 1024, 9), (1, 99 * 1024, 8), (2, 227 * 1024, 10)
@@ -265,7 +266,7 @@ def test_refuses_what_it_cannot(
 
 
 def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = pytest.importorskip("proxsparse.backend_cuda", reason="the extension was not built")
+    backend = pytest.importorskip("proxsparse.backends.cuda", reason="the extension was not built")
     if not backend._cuda.has_decode:
         pytest.skip("the extension was built without its CUDA kernels")
     monkeypatch.setattr(backend, "_stream", lambda _: 0)
@@ -279,7 +280,7 @@ def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_weight_is_read_early_only_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = pytest.importorskip("proxsparse.backend_cuda", reason="the extension was not built")
+    backend = pytest.importorskip("proxsparse.backends.cuda", reason="the extension was not built")
     early = []
     fake = SimpleNamespace(Decode=lambda *_: lambda *operands: early.append(operands[-2]))
     monkeypatch.setattr(backend, "_cuda", fake)
@@ -308,7 +309,7 @@ def test_hopper_refuses_more_than_it_was_made_for(emulate: Callable[..., Tensor]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1040, 1088), (16, 64), (4096, 14336)])
 def test_every_layout_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
-    backend = pytest.importorskip("proxsparse.backend_cuda")
+    backend = pytest.importorskip("proxsparse.backends.cuda")
     if not backend._cuda.has_decode:
         pytest.fail("the extension was built without its CUDA kernels")
     hopper = torch.cuda.get_device_capability()[0] == 9
@@ -327,7 +328,7 @@ def test_every_layout_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
 @pytest.mark.sparse_tc
 @pytest.mark.parametrize("m", [1, 16, 64])
 def test_a_group_gives_what_its_products_give(m: int) -> None:
-    backend = pytest.importorskip("proxsparse.backend_cuda")
+    backend = pytest.importorskip("proxsparse.backends.cuda")
     x, operands, expected = None, [], []
     for n in (4096, 1024, 1024, 272, 14336):
         own_x, w, values, codes = (t.cuda() for t in make(m, n, 4096, torch.bfloat16))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from proxsparse import ProxsparseError, SparseLinear, ops
+from proxsparse import ProxsparseError, SparseLinear
+from proxsparse import ops
 
 SHAPES = [(6, 16), (1, 4), (3, 20), (48, 32)]
 

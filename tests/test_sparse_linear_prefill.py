@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import ops, reference
+from proxsparse import ops
+from proxsparse.ops import reference
 
 LAYOUTS = [
     (rows, tokens, cluster)
@@ -213,7 +214,7 @@ def test_refuses_what_is_misaligned(emulate: Callable[..., Tensor]) -> None:
 @pytest.fixture
 def backend() -> Any:
     """The CUDA backend, on a GPU that the kernel is for."""
-    backend = pytest.importorskip("proxsparse.backend_cuda")
+    backend = pytest.importorskip("proxsparse.backends.cuda")
     if not backend._cuda.has_decode:
         pytest.fail("the extension was built without its CUDA kernels")
     if torch.cuda.get_device_capability()[0] != 9:

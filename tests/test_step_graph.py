@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from proxsparse import learn as learning
-from proxsparse import ops, step_graph
-from proxsparse.checkpoint import Checkpoints
+from proxsparse.learning import loop as learning
+from proxsparse import ops
+from proxsparse.learning import step_graph
+from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.config import LearnConfig
 from proxsparse.errors import Interrupted
-from proxsparse.learn import Job
+from proxsparse.learning.loop import Job
 from proxsparse.methods import METHODS
-from proxsparse.targets import find_targets
+from proxsparse.models.targets import find_targets
 
 LEARNED = [m.name for m in METHODS.values() if m.learned]
 EAGER = step_graph._EAGER_STEPS

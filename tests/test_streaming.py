@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import learn as learning
-from proxsparse import streaming
+from proxsparse.learning import loop as learning
+from proxsparse.learning import streaming
 from proxsparse.config import LearnConfig, TargetConfig
-from proxsparse.evaluate import next_token_loss
-from proxsparse.layerwise import collect_input_norms
-from proxsparse.learn import Job, learn
+from proxsparse.jobs.evaluate import next_token_loss
+from proxsparse.learning.layerwise import collect_input_norms
+from proxsparse.learning.loop import Job, learn
 from proxsparse.methods.gates import _Gates
-from proxsparse.streaming import (
+from proxsparse.learning.streaming import (
     can_chunk,
     chunked_next_token_loss,
     consuming_gradients,
     weights_on_demand,
 )
-from proxsparse.targets import find_targets
+from proxsparse.models.targets import find_targets
 
 KINDS = ["llama", "gpt2", "qwen3_moe", "gpt_oss", "mixtral", "gemma2", "opt"]
 TOKENS = torch.randint(0, 96, (6, 16), generator=torch.Generator().manual_seed(3))

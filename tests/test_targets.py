@@ -11,7 +11,7 @@ from torch import nn
 
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.targets import Targets, find_targets
+from proxsparse.models.targets import Targets, find_targets
 
 H, I = 32, 48  # noqa: E741 - hidden and intermediate size of the tiny models
 EXPERTS_ARE_TENSORS = int(transformers.__version__.split(".")[0]) >= 5

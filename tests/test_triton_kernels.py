@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import reference
+from proxsparse.ops import reference
 
 pytest.importorskip("triton")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxsparse import tuning
+from proxsparse.backends import choice as tuning
 from proxsparse.errors import ProxsparseError
-from proxsparse.tuning import BUCKETS, Candidate, Cell, ChildWorker, Outcome, Record, Table, Timing
+from proxsparse.backends.choice import BUCKETS, Candidate, Cell, ChildWorker, Outcome, Record, Table, Timing
 
 CELL = Cell(4096, 4096, 1024, "bfloat16", False)
 ALL = ("dense", "cusparselt", "unpack")
@@ -549,7 +549,7 @@ class Clock:
 
 
 def test_a_clock_that_drifts_favours_neither(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = pytest.importorskip("proxsparse.tuning_worker", reason="the extension was not built")
+    worker = pytest.importorskip("proxsparse.tuning.trials", reason="the extension was not built")
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     times = worker._time_in_turn(Clock(1e-2), Clock(2e-2), 2, 9)
     assert len(times) == 9 and times[-1][0] > 1.5 * times[0][0]

@@ -1,4 +1,4 @@
-// The CPU kernels behind proxsparse.backend_cpu. Sizes count elements; `threads` is an upper bound.
+// The CPU kernels behind proxsparse.backends.cpu. Sizes count elements; `threads` is an upper bound.
 #pragma once
 
 #include "common.h"

@@ -1,5 +1,5 @@
 // Python bindings: each tensor arrives as (data pointer, dtype code), checked by
-// proxsparse.backend_cpu.
+// proxsparse.backends.cpu.
 
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// Python bindings: tensors arrive as addresses, checked by proxsparse.backend_cuda.
+// Python bindings: tensors arrive as addresses, checked by proxsparse.backends.cuda.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

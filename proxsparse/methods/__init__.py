@@ -8,8 +8,8 @@ from typing import Any
 
 from proxsparse.config import METHOD_OPTIONS
 from proxsparse.errors import ProxsparseError
-from proxsparse.learn import Job
-from proxsparse.masks import Masks
+from proxsparse.learning.loop import Job
+from proxsparse.models.masks import Masks
 from proxsparse.methods.gates import MEMORY as gates_memory
 from proxsparse.methods.gates import gates
 from proxsparse.methods.magnitude import magnitude

@@ -23,12 +23,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from proxsparse import distributed, ops, reference
+from proxsparse import ops
+from proxsparse.learning import distributed
+from proxsparse.ops import reference
 from proxsparse.config import LearnConfig
-from proxsparse.layerwise import collect_input_norms
-from proxsparse.learn import Job, Moment, Rule, State, learn
-from proxsparse.masks import Masks
-from proxsparse.targets import Target
+from proxsparse.learning.layerwise import collect_input_norms
+from proxsparse.learning.loop import Job, Moment, Rule, State, learn
+from proxsparse.models.masks import Masks
+from proxsparse.models.targets import Target
 
 _PRIOR_SAMPLES = 128  # blocks behind the activation norms, as many as Wanda's
 # Bytes per weight beside the parameter: s, m and v; in fast also the original weight.

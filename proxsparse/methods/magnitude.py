@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from proxsparse import ops
-from proxsparse.learn import Job
-from proxsparse.masks import Masks
+from proxsparse.learning.loop import Job
+from proxsparse.models.masks import Masks
 
 
 def magnitude(job: Job) -> Masks:

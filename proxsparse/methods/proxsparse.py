@@ -18,9 +18,9 @@ from torch import Tensor
 
 from proxsparse import ops
 from proxsparse.config import LearnConfig, ProxSparseConfig
-from proxsparse.learn import Job, Moment, Rule, State, learn
-from proxsparse.masks import Masks
-from proxsparse.targets import Target
+from proxsparse.learning.loop import Job, Moment, Rule, State, learn
+from proxsparse.models.masks import Masks
+from proxsparse.models.targets import Target
 
 # Bytes per weight beside the parameter: the original weight, m, v and the gradient. The global norm
 # that the paper clips needs all gradients at once, so there is no mode that never holds them.

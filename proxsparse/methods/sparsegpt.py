@@ -14,10 +14,10 @@ from torch import Tensor
 
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
-from proxsparse.layerwise import Gram, prune_block_by_block
-from proxsparse.learn import Job
-from proxsparse.masks import Masks
-from proxsparse.targets import Target
+from proxsparse.learning.layerwise import Gram, prune_block_by_block
+from proxsparse.learning.loop import Job
+from proxsparse.models.masks import Masks
+from proxsparse.models.targets import Target
 
 _COLUMNS = 128  # columns pruned between two updates of the rest
 

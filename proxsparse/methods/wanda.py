@@ -7,10 +7,10 @@ arXiv:2306.11695, equation 1.
 from __future__ import annotations
 
 from proxsparse import ops
-from proxsparse.layerwise import InputNorm, prune_block_by_block
-from proxsparse.learn import Job
-from proxsparse.masks import Masks
-from proxsparse.targets import Target
+from proxsparse.learning.layerwise import InputNorm, prune_block_by_block
+from proxsparse.learning.loop import Job
+from proxsparse.models.masks import Masks
+from proxsparse.models.targets import Target
 
 
 def wanda(job: Job) -> Masks:

@@ -1,0 +1,1 @@
+"""What joins PyTorch to the extensions; reached through `ops` alone."""

@@ -1,0 +1,1 @@
+"""From text of any origin to blocks of tokens."""

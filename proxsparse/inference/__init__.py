@@ -1,0 +1,1 @@
+"""A pruned model as it runs: packed layers, compiled, decoding."""

@@ -1,0 +1,312 @@
+"""A linear layer that keeps its 2:4 weight packed: two of every four weights, and where they stood.
+
+It replaces an `nn.Linear` (or transformers' `Conv1D`) without changing what the model computes, and
+turns back into it bit by bit. The packed form is all that is saved. Other forms of the same weight
+are built from it, for backends that are faster with them; `memory` says which are kept:
+
+* "min": only the packed form, 0.5625 of the bytes of a dense weight in 16 bits.
+* "fast": the dense weight too, so that no number of tokens need be slower than the dense layer:
+  1.5625 of the dense bytes.
+
+On a GPU the packed form is laid out as its kernels read it. On Hopper that is what cuSPARSELt reads
+as well, so one copy serves few tokens and many. On other GPUs, and where out_features are not a
+multiple of 64, cuSPARSELt needs a form of its own: "min" then does without it, and "fast" keeps
+about 2.13 of the dense bytes.
+
+The packed weight is frozen: gradients reach the input and the bias. To go on training, turn the
+model dense and hold its masks, see `masks.keep_masks_`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from proxsparse import ops
+from proxsparse.backends import choice as tuning
+from proxsparse.errors import ProxsparseError
+
+MEMORY = ("min", "fast")
+_MAX_RUNS = 256  # shapes of inputs that a layer remembers how to run
+# Asked here, because torch.compile cannot ask before torch 2.13.
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
+
+class SparseLinear(nn.Module):
+    """The linear layer x @ W^T + bias of a packed 2:4 weight W [N, K].
+
+    Inputs may have any leading dimensions, none included; under autocast they and the weight are
+    cast as those of `nn.Linear` are.
+
+    Args:
+        values: [N, K/2] kept weights, from `ops.pack_2to4`.
+        codes: uint8 [N, ceil(K/8)] their places, from `ops.pack_2to4`.
+        bias: [N], or None.
+        memory: "min" or "fast", see the module.
+        is_conv1d: whether `to_linear` gives a Conv1D, which stores its weight as [K, N].
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        bias: the bias as a parameter, or None.
+        values: as above, a persistent buffer.
+        codes: as above, a persistent buffer; on a GPU in tiles, but not in the state dict (see
+            `ops.lay_out_2to4`).
+        dense: [N, K], the weight unpacked, or None.
+        compressed: the weight in the form of cuSPARSELt, or None; on Hopper the memory of values
+            and codes itself.
+
+    Raises:
+        ProxsparseError: unknown `memory`, or tensors that are no packed weight.
+    """
+
+    bias: nn.Parameter | None
+    values: Tensor
+    codes: Tensor
+
+    def __init__(
+        self,
+        values: Tensor,
+        codes: Tensor,
+        bias: Tensor | None = None,
+        *,
+        memory: str = "min",
+        is_conv1d: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_features, half = values.shape
+        self.in_features = 2 * half
+        self.is_conv1d = is_conv1d
+        self.register_buffer("values", values)
+        self.register_buffer("codes", codes)
+        # How calls run that nothing but the GPU has to see, by `ops.eager_key`; and as of when.
+        self._runs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+        self._generation = tuning.generation
+        # No buffers: libraries that place or offload a model's buffers do not expect absent ones.
+        self.compressed: Tensor | None = None
+        self.dense: Tensor | None = None
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+        self.set_memory_(memory)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: Any, memory: str = "min", name: str = "") -> SparseLinear:
+        """Pack a layer whose weight is 2:4 already.
+
+        Args:
+            linear: an nn.Linear, or a Conv1D of transformers. Its bias is shared, not copied.
+            memory: "min" or "fast", see the module.
+            name: what an error calls the layer.
+
+        Returns:
+            The layer on the same device, in the same dtype.
+
+        Raises:
+            ProxsparseError: the weight is not 2:4 (the first offending group is named), or its
+                in_features are not a multiple of 4.
+        """
+        w, is_conv1d = _canonical_weight(linear)
+        try:
+            values, codes = ops.pack_2to4(w)
+        except ProxsparseError as error:
+            subject = name or f"the weight of {linear}"
+            raise ProxsparseError(f"{subject} {str(error).removeprefix('w ')}") from error
+        layer = cls(values, codes, linear.bias, memory=memory, is_conv1d=is_conv1d)
+        return layer.train(linear.training)
+
+    @classmethod
+    def empty_like(cls, linear: Any, memory: str = "min") -> SparseLinear:
+        """A layer of the shape, dtype and device of `linear`, to load a state dict into.
+
+        Its weight is whatever lay in memory.
+        """
+        w, is_conv1d = _canonical_weight(linear)
+        n, k = w.shape
+        values, codes = w.new_empty(n, k // 2), w.new_empty(n, (k + 7) // 8, dtype=torch.uint8)
+        layer = cls(values, codes, linear.bias, memory=memory, is_conv1d=is_conv1d)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Module:
+        """The dense layer again, sharing the bias.
+
+        Kept weights are bitwise the original ones, all others exact +0.0.
+        """
+        w = ops.unpack_2to4(self.values, self.codes)
+        linear: Any
+        if self.is_conv1d:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                linear = Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
+            w = w.T.contiguous()
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter(w)
+        linear.bias = self.bias
+        result: nn.Module = linear.train(self.training)
+        return result
+
+    def set_memory_(self, memory: str) -> None:
+        """Change which forms of the weight are kept; "min" frees all but the packed one.
+
+        Raises:
+            ProxsparseError: not "min" or "fast".
+        """
+        check_memory(memory)
+        self.memory = memory
+        self.refresh_()
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Build the other forms of the weight anew, after `values` or `codes` were written to."""
+        self._runs.clear()
+        self.compressed = self.dense = None
+        if self.values.is_meta or self.codes.is_meta:
+            return
+        codes = ops.code_rows(self.values, self.codes)
+        self.values, self.codes, self.compressed = ops.lay_out_2to4(self.values, codes)
+        if self.memory == "fast":
+            self.dense = ops.unpack_2to4(self.values, codes)
+            if self.compressed is None:
+                self.compressed = _compress(self.dense)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of each form of the weight that is kept: "packed", "compressed" and "dense".
+
+        A compressed form that is the memory of the packed one counts as nothing.
+        """
+        is_shared = (
+            self.compressed is not None and self.compressed.data_ptr() == self.values.data_ptr()
+        )
+        forms = {
+            "packed": (self.values, self.codes),
+            "compressed": (None if is_shared else self.compressed,),
+            "dense": (self.dense,),
+        }
+        return {
+            form: sum(0 if x is None else x.numel() * x.element_size() for x in tensors)
+            for form, tensors in forms.items()
+        }
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [N, K], for code that reads a layer's weight; not to be written to.
+
+        Cost: unpacked at each access, unless `memory` is "fast".
+        """
+        return ops.unpack_2to4(self.values, self.codes) if self.dense is None else self.dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., K], in the dtype of the weight unless autocast is on.
+
+        Returns:
+            [..., N].
+
+        Raises:
+            ProxsparseError: another last dimension, dtype or device than the weight's.
+        """
+        bias = self._parameters["bias"]  # past nn.Module.__getattr__, which takes its time
+        key = ops.eager_key(x, bias)
+        run = None if key is None else self._runs.get(key)
+        forms: Any = self._buffers
+        if (
+            run is not None
+            and self._generation == tuning.generation
+            and forms["values"].get_device() == x.get_device()
+        ):
+            y: Tensor = run(x, forms["values"], forms["codes"], bias, self.compressed, self.dense)
+            return y
+        values, compressed, dense = self.values, self.compressed, self.dense
+        kind = x.device.type
+        if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+            # Autocast does not see into the op, so its rule is applied here: all but float64.
+            dtype = torch.get_autocast_dtype(kind)
+            x, values, bias, dense = (_autocast(t, dtype) for t in (x, values, bias, dense))
+            if values.dtype != self.values.dtype:
+                compressed = None
+        y = ops.sparse_linear(x, values, self.codes, bias, compressed=compressed, dense=dense)
+        if key is not None:
+            self._remember(key, x)
+        return y
+
+    def _remember(self, key: tuple[Any, ...], x: Tensor) -> None:
+        """Next time a call like this one goes straight to what runs it."""
+        forms = self.values, self.codes, self.bias, self.compressed, self.dense
+        run = ops.settled_sparse_linear(x, *forms)
+        if run is None:
+            return
+        if len(self._runs) >= _MAX_RUNS or self._generation != tuning.generation:
+            self._runs.clear()
+            self._generation = tuning.generation
+        self._runs[key] = run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": {}}  # they belong to this process
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, memory={self.memory!r}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Behind .to(), .half(), .cuda() ...: only the packed form moves, the others follow it."""
+        before = self.values
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.values is not before:
+            self.refresh_()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "codes"] = ops.code_rows(self.values, self.codes)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.codes = torch.empty_like(ops.code_rows(self.values, self.codes))
+        super()._load_from_state_dict(*args)
+        self.refresh_()
+
+
+def check_memory(memory: str) -> None:
+    """Refuse an unknown memory policy.
+
+    Raises:
+        ProxsparseError: not one of `MEMORY`.
+    """
+    if memory not in MEMORY:
+        raise ProxsparseError(f"memory is {memory!r}: choose min or fast")
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Name -> layer, for every SparseLinear in the model, each once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+def _canonical_weight(linear: Any) -> tuple[Tensor, bool]:
+    """The layer's weight as [N, K], detached, and whether it is a Conv1D, stored as [K, N]."""
+    is_conv1d = not isinstance(linear, nn.Linear)
+    w = linear.weight.detach()
+    return (w.T if is_conv1d else w), is_conv1d
+
+
+def _compress(w: Tensor) -> Tensor | None:
+    """The form of the GPU's sparse library, or None where it has none for this weight."""
+    if not w.is_cuda or ops.can_compress(w.shape[0], w.shape[1], w.dtype):
+        return None
+    return ops.compress_2to4(w)
+
+
+def _autocast(x: Any, dtype: torch.dtype) -> Any:
+    return x if x is None or x.dtype == torch.float64 else x.to(dtype)

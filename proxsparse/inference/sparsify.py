@@ -1,0 +1,293 @@
+"""Making the pruned layers of a Hugging Face model sparse in memory, and dense again.
+
+No model is known by name: the layers are those `find_targets` finds, and a layer is replaced
+wherever the model holds it. What stays dense is reported with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxsparse import ops
+from proxsparse.backends import choice as tuning
+from proxsparse.config import TargetConfig
+from proxsparse.errors import ProxsparseError
+from proxsparse.inference.sparse_linear import SparseLinear, check_memory, sparse_layers
+from proxsparse.models.targets import Target, find_targets
+
+_REPORTED_TOKENS = (1, 16, 256, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseLayer:
+    """A layer that is sparse now.
+
+    Attributes:
+        name: its dotted name.
+        shape: (N, K).
+        dense_bytes: of its dense weight.
+        bytes: of every form of the weight that is kept, see `SparseLinear.memory_bytes`.
+        speedups: token count -> speed-up over dense, of what was measured on this GPU (`advise`
+            measures); empty elsewhere.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dense_bytes: int
+    bytes: int
+    speedups: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityReport:
+    """What `sparsify_` left behind.
+
+    Attributes:
+        sparse: the layers that are sparse, in the order of the model.
+        left_dense: name -> reason, for every other weight of two dimensions or more.
+        memory: "min" or "fast".
+    """
+
+    sparse: tuple[SparseLayer, ...]
+    left_dense: dict[str, str]
+    memory: str
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that the sparse layers' weights would take dense."""
+        return sum(layer.dense_bytes for layer in self.sparse)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that they take."""
+        return sum(layer.bytes for layer in self.sparse)
+
+
+def sparsify_(
+    model: nn.Module,
+    *,
+    targets: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
+    memory: str = "min",
+) -> SparsityReport:
+    """Replace the 2:4 layers of a model by `SparseLinear`, in place.
+
+    Repeating it changes nothing but `memory`; `densify_` undoes it bit by bit. Afterwards
+    `save_pretrained` writes a packed checkpoint. Hooks of accelerate move to the new layers; a
+    layer that accelerate offloads is offloaded packed.
+
+    Args:
+        model: a Hugging Face causal LM, dense or partly sparse.
+        targets: patterns as for pruning, see `find_targets`. Layers they match must be 2:4; without
+            any, every prunable layer is looked at and those that are not 2:4 are left dense.
+        ignore: patterns of layers to leave as they are.
+        memory: "min" or "fast", see `sparse_linear`; holds for layers that are sparse already too.
+
+    Returns:
+        The layers that are sparse, and why the others are not.
+
+    Raises:
+        ProxsparseError: not a causal LM; a pattern matches nothing; a layer that `targets` match
+            cannot be sparse (the layer and, if it is not 2:4, the group are named); no layer is
+            2:4. The model is unchanged then.
+
+    Cost: packs layer by layer; peak memory is the model's plus one layer's.
+    """
+    check_memory(memory)
+    names, left_dense = _choose(model, TargetConfig(targets=targets, ignore=ignore))
+    for layer in sparse_layers(model).values():
+        layer.set_memory_(memory)
+    places = _places(model)
+    for name in names:
+        old = model.get_submodule(name)
+        with _in_memory(old):
+            new = SparseLinear.from_linear(old, memory, name)
+        _replace_(places, old, new)
+        del old
+    sparse = sparse_layers(model)
+    from proxsparse.inference.quantizer import attach
+
+    attach(model, list(sparse), memory)
+    rows = (_row(name, layer) for name, layer in sparse.items())
+    return SparsityReport(tuple(rows), left_dense, memory)
+
+
+def densify_(model: nn.Module) -> tuple[str, ...]:
+    """Turn every SparseLinear of a model back into the dense layer it was, in place.
+
+    Returns:
+        The names of the layers that were sparse; none when the model is dense already.
+
+    Cost: one layer after the other; the bits are the original ones.
+    """
+    names = restore_layers_(model)
+    if names:
+        from proxsparse.inference.quantizer import detach
+
+        detach(model)
+    return names
+
+
+def restore_layers_(model: nn.Module) -> tuple[str, ...]:
+    """The replacement of `densify_` alone; returns the names of the layers that were sparse."""
+    names, places = tuple(sparse_layers(model)), _places(model)
+    for name in names:
+        old: Any = model.get_submodule(name)
+        with _in_memory(old):
+            new = old.to_linear()
+        _replace_(places, old, new)
+        del old
+    return names
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of everything in a model's state dict; tensors that share memory count once."""
+    tensors = {x.data_ptr(): x.numel() * x.element_size() for x in model.state_dict().values()}
+    return sum(tensors.values())
+
+
+# -- which layers ----------------------------------------------------------------------------------
+
+
+def _choose(model: nn.Module, config: TargetConfig) -> tuple[list[str], dict[str, str]]:
+    """Names of the layers to replace, and name -> reason of what stays dense.
+
+    It holds names only, lest a layer outlive its replacement.
+    """
+    with _as_dense(model) as sparse:
+        found = find_targets(model, config)
+        names, left_dense = [], dict(found.left_dense)
+        for target in found.layers:
+            reason = "" if target.module in sparse else why_not_sparse(target) or _offence(target)
+            if reason and config.targets:
+                raise ProxsparseError(f"{target.name} cannot be sparse: it is {reason}")
+            if reason:
+                left_dense[target.name] = reason
+            elif target.module not in sparse:
+                names.append(target.name)
+    already = sparse_layers(model)
+    if not names and not already:
+        first = next(t.name for t in found.layers)
+        raise ProxsparseError(
+            f"no layer of {type(model).__name__} can be sparse; {first} is {left_dense[first]}"
+        )
+    return names, {k: v for k, v in left_dense.items() if k not in already}
+
+
+def why_not_sparse(target: Target) -> str:
+    """Why a layer cannot be sparse whatever its weights, after "it is"; empty when it can."""
+    from transformers.pytorch_utils import Conv1D
+
+    module = target.module
+    if len(target.shape) == 3:
+        return "a tensor of experts [E, N, K], for which there is no packed layer"
+    if target.sharers:
+        return "a weight that several modules share, which packing each would multiply"
+    patched = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if type(module) not in (nn.Linear, Conv1D) or patched:
+        return f"a {type(module).__name__} with a forward pass of its own"
+    return ""
+
+
+def _offence(target: Target) -> str:
+    """The first group of the weight that is not 2:4, after "it is"; empty when there is none."""
+    with _in_memory(target.module):
+        w = target.weight()
+        if not ops.is_2to4(w):
+            try:
+                ops.pack_2to4(w)
+            except ProxsparseError as error:
+                return str(error).removeprefix("w is ")
+    return ""
+
+
+@contextlib.contextmanager
+def _as_dense(model: Any) -> Iterator[dict[nn.Module, SparseLinear]]:
+    """Show `find_targets` a partly sparse model as the dense one it stands for.
+
+    Inside the block each SparseLinear is replaced by a dense layer without memory; yields those
+    layers with what they stand for.
+    """
+    places, stand_ins = _places(model), {}
+    method = vars(model).pop("quantization_method", None) if sparse_layers(model) else None
+    for layer in sparse_layers(model).values():
+        values, codes = layer.values.to("meta"), layer.codes.to("meta")
+        empty = SparseLinear(values, codes, layer.bias, is_conv1d=layer.is_conv1d).to_linear()
+        stand_ins[empty] = layer
+        for parent, name in places[id(layer)]:
+            parent._modules[name] = empty
+    try:
+        yield stand_ins
+    finally:
+        for layer in stand_ins.values():
+            for parent, name in places[id(layer)]:
+                parent._modules[name] = layer
+        if method is not None:
+            model.quantization_method = method
+
+
+# -- replacing -------------------------------------------------------------------------------------
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The id of each module -> every (parent, name) that holds it: a module may be shared."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, name))
+    return places
+
+
+def _replace_(
+    places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module
+) -> None:
+    """Put `new` wherever `old` is, under the hook that accelerate has on it, if any."""
+    hook: Any = getattr(old, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        for part in getattr(hook, "hooks", (hook,)):
+            if getattr(part, "offload", False):
+                # Its map has the old tensors' names; without one it takes up those of `new`.
+                part.weights_map, part.offload_buffers = None, True
+        add_hook_to_module(new, hook)
+    for parent, name in places.pop(id(old)):
+        parent._modules[name] = new
+
+
+@contextlib.contextmanager
+def _in_memory(module: nn.Module) -> Iterator[None]:
+    """Bring back the tensors of a module that accelerate has offloaded, inside the block."""
+    if not hasattr(module, "_hf_hook"):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
+def _row(name: str, layer: SparseLinear) -> SparseLayer:
+    shape = (layer.out_features, layer.in_features)
+    size = torch.Size(shape).numel() * layer.values.element_size()
+    return SparseLayer(name, shape, size, sum(layer.memory_bytes().values()), _speedups(layer))
+
+
+def _speedups(layer: SparseLinear) -> dict[int, float]:
+    """What is known of a layer's speed, by token count."""
+    n, k, dtype = layer.out_features, layer.in_features, layer.values.dtype
+    if not layer.values.is_cuda or ops.can_compress(n, k, dtype):
+        return {}
+    forms = {"unpack", "decode", "prefill"}
+    forms |= {"dense"} if layer.dense is not None else set()
+    forms |= {"cusparselt"} if layer.compressed is not None else set()
+    table = tuning.table_for(layer.values.get_device())
+    has_bias = layer.bias is not None
+    return tuning.known_speedups(table, n, k, dtype, has_bias, _REPORTED_TOKENS, forms)

@@ -1,0 +1,479 @@
+"""The main job: from a model and a text to masks, and to a pruned checkpoint on disk.
+
+Everything is written into `OUTPUT.partial` and renamed to `OUTPUT` at the end, so an output
+directory that exists is a finished one. The partial directory also holds the checkpoints a killed
+run resumes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxsparse.learning import distributed
+from proxsparse.data.calibration import Calibration, load_calibration
+from proxsparse.learning.checkpoint import Checkpoints, checkpoints_in
+from proxsparse.config import replace
+from proxsparse.errors import ProxsparseError
+from proxsparse.learning.loop import Job
+from proxsparse.models.loading import (
+    LoadedModel,
+    build_model,
+    check_finite,
+    load_model,
+    resolve_device,
+    save_model,
+)
+from proxsparse.models.masks import Masks, apply_masks_, layer_report, model_fingerprint, targets_of
+from proxsparse.learning.memory import choose_memory
+from proxsparse.models.precision import computing_in, resolve_dtype
+from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.models.targets import Targets, find_targets
+
+FORMAT = "proxsparse-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneResult:
+    """What a job did.
+
+    Attributes:
+        masks: the masks, with their metadata.
+        report: everything that `proxsparse.json` holds.
+        history: the metrics of a learned method, one dict per record of `metrics.jsonl`.
+    """
+
+    masks: Masks
+    report: dict[str, Any]
+    history: list[dict[str, float]]
+
+
+def learn_masks(
+    model: nn.Module,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    *,
+    method: str = "gates",
+    preset: str | None = None,
+    **settings: Any,
+) -> Masks:
+    """Choose a 2:4 mask for every target layer of a model in memory; the model is not changed.
+
+    Args:
+        model: a Hugging Face causal LM on the device to work on.
+        calibration: a file, folder, "stdlib", "self" or Hub name; a list of texts; a
+            `datasets.Dataset`; or an iterable of token batches. None takes the default setting, C4.
+        tokenizer: the model's tokenizer; needed unless `calibration` is tokens already.
+        method: one of `proxsparse.methods.METHODS`.
+        preset: published settings of the paper, see `proxsparse.jobs.recipe.PRESETS`.
+        **settings: any field of the config dataclasses, e.g. steps=200 or ignore=("down_proj",).
+
+    Returns:
+        The masks; put them on the model with `apply_masks_`, or save them.
+
+    Raises:
+        ProxsparseError: bad input or settings.
+    """
+    recipe = make_recipe(method, preset, **settings)
+    if recipe.method.updates_weights(recipe.options):
+        raise ProxsparseError(
+            f"{method} changes the weights it keeps, so its masks alone are not its result: pass "
+            "mask_only=True, or use prune()"
+        )
+    targets = find_targets(model, recipe.targets)
+    recipe = settle_memory(recipe, model, targets, next(model.parameters()).device)
+    check_finite(targets)
+    source = recipe.calibration.calibration if calibration is None else calibration
+    data = load_data(source, tokenizer, recipe, model)
+    masks, _ = run_method(model, targets, data, recipe)
+    masks.metadata.update(mask_metadata(recipe, model_fingerprint(targets), "in memory", None))
+    return masks
+
+
+def prune(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    calibration: Any = None,
+    method: str | None = None,
+    preset: str | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> PruneResult:
+    """Prune a Hugging Face causal LM to 2:4 and write the result to a directory.
+
+    The directory holds a dense checkpoint with zeros (any Hugging Face program loads it), its
+    tokenizer, `masks.safetensors`, `proxsparse.json` (recipe, provenance, per-layer report) and,
+    for learned methods, `metrics.jsonl` and `training.png`.
+
+    Args:
+        model: local directory or Hub name.
+        output: directory to create; must not exist, or be empty.
+        calibration: as for `learn_masks`; default the setting of the same name.
+        method: default "gates", or the preset's.
+        preset: see `proxsparse.jobs.recipe.PRESETS`.
+        resume: go on from the last checkpoint of the same job, if there is one.
+        **settings: any field of the config dataclasses.
+
+    Raises:
+        ProxsparseError: bad input; nothing that looks finished is left behind.
+        Interrupted: stopped on request, resumable.
+    """
+    if isinstance(calibration, str | os.PathLike):
+        settings["calibration"] = os.fspath(calibration)
+        calibration = None
+    recipe = make_recipe(method, preset, **settings)
+    device = distributed.own_device(resolve_device(recipe.run.device))
+    several = distributed.world_size() > 1
+    if several and not recipe.method.learned:
+        raise ProxsparseError(
+            f"method {recipe.method.name} runs in one process: start it without torchrun"
+        )
+    with distributed.joined(device), output_directory(output, resume=resume) as partial:
+        began = time.perf_counter()
+        skeleton = build_model(model, torch.device("meta"))
+        skeleton_targets = find_targets(skeleton, recipe.targets)
+        recipe = settle_memory(recipe, skeleton, skeleton_targets, device)
+        # Of several processes each reads the whole model and keeps its rows of it on the device.
+        home = torch.device("cpu") if several else device
+        base = _load_base(model, recipe, home)
+        targets = find_targets(base.model, recipe.targets)
+        check_finite(targets)
+        source = recipe.calibration.calibration if calibration is None else calibration
+        data = load_data(source, base.tokenizer, recipe, base.model)
+        fingerprint = model_fingerprint(targets)
+        checkpoints = Checkpoints(
+            partial / "checkpoints", recipe.key(fingerprint, data.fingerprint if data else "")
+        )
+        metrics = partial / "metrics.jsonl" if distributed.is_main() else None
+        if several:
+            shard(base.model, targets, recipe, device)
+        masks, history = run_method(base.model, targets, data, recipe, checkpoints, metrics, resume)
+        if not distributed.is_main():
+            return PruneResult(masks, {}, history)
+        if several:
+            base = _load_base(model, recipe, home)
+            targets = find_targets(base.model, recipe.targets)
+        masks.metadata.update(mask_metadata(recipe, fingerprint, base.id, base.revision))
+        layers = layer_report(targets, masks)
+        apply_masks_(base.model, masks)
+        report = {
+            "format": FORMAT,
+            "storage": "dense",
+            "recipe": recipe.as_dict(),
+            "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
+            "data": _data_report(data),
+            "versions": versions(),
+            "weights_updated": recipe.method.updates_weights(recipe.options),
+            "seconds": round(time.perf_counter() - began, 2),
+            "layers": layers,
+            "left_dense": dict(targets.left_dense),
+        }
+        write_result(partial, base, masks, report, history)
+    return PruneResult(masks, report, history)
+
+
+def apply(
+    model: str | os.PathLike[str],
+    mask: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    device: str = "cpu",
+) -> PruneResult:
+    """Put a mask file on its base model and write the pruned checkpoint.
+
+    Bit-identical to what `prune` wrote, unless that method updated the weights it kept.
+
+    Args:
+        model: the base model, local directory or Hub name.
+        mask: a `masks.safetensors`.
+        output: directory to create; must not exist, or be empty.
+        force: apply it to a model with other weights as well, as long as the shapes fit.
+        device: where to compute.
+
+    Raises:
+        ProxsparseError: the mask file is unsound, or the model is not the one it was made for.
+    """
+    masks = Masks.load(mask)
+    with output_directory(output) as partial:
+        base = load_model(model, resolve_device(device))
+        targets = targets_of(base.model, masks)
+        fingerprint = model_fingerprint(targets)
+        expected = masks.metadata.get("base_fingerprint")
+        if fingerprint != expected and not force:
+            raise ProxsparseError(
+                f"{mask} was made for {masks.metadata.get('base_id')} with weights {expected}, but "
+                f"{model} has {fingerprint}: use that model, or --force to insist"
+            )
+        layers = layer_report(targets, masks)
+        apply_masks_(base.model, masks)
+        report = {
+            "format": FORMAT,
+            "storage": "dense",
+            "recipe": json.loads(masks.metadata.get("recipe", "{}")),
+            "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
+            "versions": versions(),
+            "weights_updated": False,
+            "mask_from_updated_weights": masks.metadata.get("weights_updated") == "true",
+            "layers": layers,
+            "left_dense": dict(targets.left_dense),
+        }
+        write_result(partial, base, masks, report, [])
+    return PruneResult(masks, report, [])
+
+
+@contextlib.contextmanager
+def output_directory(output: str | os.PathLike[str], *, resume: bool = False) -> Iterator[Path]:
+    """A directory to fill, which gets the name `output` only if the block succeeds.
+
+    Raises:
+        ProxsparseError: `output` is there and not empty, or an unfinished run lies beside it.
+    """
+    final = Path(output).expanduser().absolute()
+    partial = final.with_name(final.name + ".partial")
+    if not distributed.is_main():
+        distributed.barrier()
+        yield partial
+        return
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ProxsparseError(
+            f"{output} exists and is not empty: choose another --output or remove it first"
+        )
+    if not resume and checkpoints_in(partial / "checkpoints"):
+        raise ProxsparseError(
+            f"an unfinished run lies in {partial}: continue it with --resume, or remove it"
+        )
+    try:
+        if partial.exists() and not resume:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProxsparseError(f"the output directory {output} cannot be made: {error}") from error
+    distributed.barrier()
+    try:
+        yield partial
+    except BaseException:
+        if not checkpoints_in(partial / "checkpoints"):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+    if final.is_dir():
+        final.rmdir()
+    os.replace(partial, final)
+
+
+def shard(model: nn.Module, targets: Targets, recipe: Recipe, device: torch.device) -> None:
+    """Split a model over the processes of the job, in the dtype to learn in.
+
+    The model then serves for learning only: its weights do not get their own dtype back.
+    """
+    dtype = resolve_dtype(recipe.run.dtype, model, recipe.learn.memory)
+    if dtype is not None:
+        model.to(dtype)
+    distributed.shard_(model, targets, device)
+
+
+def _load_base(model: str | os.PathLike[str], recipe: Recipe, device: torch.device) -> LoadedModel:
+    if not recipe.run.random_init:
+        return load_model(model, device)
+    torch.manual_seed(recipe.calibration.seed)
+    return LoadedModel(build_model(model, device), None, os.fspath(model), None)
+
+
+def settle_memory(
+    recipe: Recipe, model: nn.Module, targets: Targets, device: torch.device
+) -> Recipe:
+    """The recipe with a mode of memory that fits in place of auto; says what it will take.
+
+    Args:
+        recipe: the settings; those of a method that does not learn come back as they are.
+        model: the model, here or on the meta device.
+        targets: what is pruned.
+        device: where it will run.
+
+    Raises:
+        ProxsparseError: nothing fits, or not what was asked for.
+    """
+    if not recipe.method.learned:
+        return recipe
+    world = distributed.world_size()
+    num_tokens = -(-recipe.learn.batch_size // world) * recipe.calibration.max_seq_length
+    modes = dict(recipe.method.memory)
+    if world > 1:
+        # The scales of 8-bit states span rows. What is gathered cannot be made on demand: each
+        # process keeps its rows of the original weights as well.
+        modes.pop("low", None)
+        modes["balanced"] += targets.layers[0].parameter.element_size()
+    mode = choose_memory(model, targets, recipe.learn.memory, modes, num_tokens, device, world)
+    return dataclasses.replace(recipe, learn=replace(recipe.learn, {"memory": mode}))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    import transformers
+
+    from proxsparse import __version__
+
+    return {
+        "proxsparse": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def load_data(source: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> Calibration | None:
+    """The calibration blocks that `recipe` asks for; None for a method that needs no data."""
+    if not recipe.method.needs_data:
+        return None
+    if recipe.run.random_init:
+        shape = (recipe.num_samples, recipe.calibration.max_seq_length)
+        random = torch.Generator().manual_seed(recipe.calibration.seed)
+        vocab_size = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+        tokens = torch.randint(vocab_size, shape, generator=random)
+        return Calibration(tokens, "random tokens", tokens.numel(), tokens.numel(), "random")
+    return load_calibration(source, tokenizer, recipe.calibration, recipe.num_samples, model)
+
+
+def _data_report(data: Calibration | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    return {
+        "source": data.source,
+        "tokens": data.num_tokens,
+        "available_tokens": data.num_available_tokens,
+        "samples": data.tokens.shape[0],
+        "fingerprint": data.fingerprint,
+    }
+
+
+def run_method(
+    model: nn.Module,
+    targets: Targets,
+    data: Calibration | None,
+    recipe: Recipe,
+    checkpoints: Checkpoints | None = None,
+    metrics: Path | None = None,
+    resume: bool = False,
+) -> tuple[Masks, list[dict[str, float]]]:
+    """Run a recipe's method on a model in memory.
+
+    Returns:
+        The masks (not yet applied), and the history of a learned method. The model's weights are
+        the original ones, unless the method updates the weights it keeps.
+    """
+    torch.manual_seed(recipe.calibration.seed)
+    device = next(model.parameters()).device
+    if recipe.learn.memory == "auto":
+        recipe = settle_memory(recipe, model, targets, device)
+    memory = recipe.learn.memory if recipe.method.learned else ""
+    dtype = resolve_dtype(recipe.run.dtype, model, memory)
+    job = Job(
+        model=model,
+        targets=targets,
+        tokens=data.tokens if data else torch.empty(0, 0, dtype=torch.int64),
+        learn=recipe.learn,
+        options=recipe.options,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        resume=resume,
+    )
+    try:
+        with (
+            computing_in(model, None if distributed.world_size() > 1 else dtype),
+            tracking(recipe, metrics) as job.track,
+        ):
+            masks = recipe.method.run(job)
+    except torch.OutOfMemoryError as error:
+        modes = list(recipe.method.memory)
+        less = modes[modes.index(memory) + 1 :] if memory else []
+        way_out = f"--memory {less[0]}, " if less else ""
+        raise ProxsparseError(
+            f"{device} ran out of memory ({str(error).splitlines()[0]}): try {way_out}a smaller "
+            "--batch-size or a smaller --max-seq-length"
+        ) from error
+    return masks, job.history
+
+
+@contextlib.contextmanager
+def tracking(
+    recipe: Recipe, metrics: Path | None
+) -> Iterator[Callable[[dict[str, float]], None] | None]:
+    """A function that hands a record of metrics to the tracker of the recipe, if it names one.
+
+    Raises:
+        ProxsparseError: accelerate does not know the tracker, or it is not installed.
+    """
+    if recipe.run.tracker is None:
+        yield None
+        return
+    from accelerate import Accelerator
+
+    directory = str(metrics.parent) if metrics else "."
+    try:
+        accelerator = Accelerator(cpu=True, log_with=recipe.run.tracker, project_dir=directory)
+        accelerator.init_trackers("proxsparse", config=_flat(recipe.as_dict()))
+        if not accelerator.trackers:
+            raise ImportError("it is not installed")
+    except (ValueError, ImportError) as error:
+        raise ProxsparseError(
+            f"--tracker {recipe.run.tracker} cannot be used ({error}): install it, or leave "
+            "--tracker out; metrics.jsonl is written anyway"
+        ) from error
+    try:
+        yield lambda record: accelerator.log(record, step=int(record["step"]))
+    finally:
+        accelerator.end_training()
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+
+
+def mask_metadata(
+    recipe: Recipe, fingerprint: str, base_id: str, revision: str | None
+) -> dict[str, str]:
+    """What a mask file says about the model it belongs to and how it was made."""
+    return {
+        "base_id": base_id,
+        "base_revision": revision or "",
+        "base_fingerprint": fingerprint,
+        "method": recipe.method.name,
+        "weights_updated": json.dumps(recipe.method.updates_weights(recipe.options)),
+        "recipe": json.dumps(recipe.as_dict()),
+    }
+
+
+def write_result(
+    directory: Path,
+    base: LoadedModel,
+    masks: Masks,
+    report: dict[str, Any],
+    history: list[dict[str, float]],
+) -> None:
+    """Write a pruned model, its masks, its report and its training plot into `directory`."""
+    save_model(base.model, base.tokenizer, directory)
+    try:
+        masks.save(directory / "masks.safetensors")
+        text = json.dumps(report, indent=2) + "\n"
+        (directory / "proxsparse.json").write_text(text, encoding="utf-8")
+        if history:
+            from proxsparse.jobs.plots import plot_training
+
+            plot_training(history, directory / "training.png")
+    except OSError as error:
+        raise ProxsparseError(
+            f"the results could not be written to {directory}: {error}"
+        ) from error

@@ -1,0 +1,510 @@
+"""The optimiser loop of the learned methods.
+
+It is short on purpose: no trainer, no callbacks. A method is a `Rule` that says what state a layer
+has, how one step changes it, and which weights it would keep; the loop owns everything else: data
+order, schedule, gradients, checkpoints, metrics, interruption.
+
+A run is a function of (model, tokens, settings): the batch of a step depends on the seed and the
+step alone, so a resumed run sees what an undisturbed one would have seen.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from proxsparse import ops
+from proxsparse.learning import distributed
+from proxsparse.learning.checkpoint import Checkpoints
+from proxsparse.config import LearnConfig
+from proxsparse.errors import Interrupted, ProxsparseError
+from proxsparse.jobs.evaluate import next_token_loss
+from proxsparse.models.masks import Masks
+from proxsparse.learning.memory import memory_gb
+from proxsparse.models.precision import eval_mode
+from proxsparse.learning.step_graph import Step, as_graph
+from proxsparse.learning.streaming import (
+    can_chunk,
+    chunked_next_token_loss,
+    consuming_gradients,
+    recomputing,
+    weights_on_demand,
+)
+from proxsparse.models.targets import Target, Targets
+
+_METRICS_EVERY = 10  # steps between looks at the loss: each look makes a GPU wait for the host
+_COUNTED_AT_ONCE = 2**24  # weights whose masks are compared together: few kernels, little memory
+_WARMUP = 0.1  # share of the steps
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Job:
+    """One pruning job, as every method receives it.
+
+    Attributes:
+        model: the dense model, on its device, in the precision to compute in.
+        targets: what to prune.
+        tokens: int64 [S, L] calibration blocks, on CPU.
+        learn: settings of the loop; layer-by-layer methods ignore it.
+        options: the method's own config.
+        checkpoints: where to checkpoint; None keeps nothing on disk.
+        metrics: path of metrics.jsonl; None keeps the history in memory only.
+        resume: continue from the latest checkpoint.
+        track: called with every record, for a tracker.
+        history: one dict per look at the loss, filled by the loop.
+    """
+
+    model: nn.Module
+    targets: Targets
+    tokens: Tensor
+    learn: LearnConfig
+    options: Any
+    checkpoints: Checkpoints | None = None
+    metrics: Path | None = None
+    resume: bool = False
+    track: Callable[[dict[str, float]], None] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in the run a step is, as 0-d tensors; of a captured step, on the GPU.
+
+    Attributes:
+        step: its number, from 1; float64, as the next two.
+        lr: its learning rate: linear warm-up over 10 % of the steps, then linear decay to 0.
+        lam: its proximal strength, see `Rule.lam_at`.
+        grad_scale: factor on the gradients, from clipping; on the model's device.
+    """
+
+    step: Tensor
+    lr: Tensor
+    lam: Tensor
+    grad_scale: Tensor
+
+
+class Rule(abc.ABC):
+    """What a learned method adds to the loop.
+
+    Weights and gradients come as [N, K] or [E, N, K]; `w0` is the layer's original weight. On a GPU
+    a step may be captured as a CUDA graph, so what `update_` and `weight_` decide depends on shapes
+    and settings only, and what changes from step to step is in tensors.
+
+    Attributes:
+        lr: the default peak learning rate.
+        max_grad_norm: if not None, the global norm of the gradients is clipped to this, for which
+            all of them have to exist at once.
+        on_demand: the model keeps w0 and its weights are made block by block, when they are needed;
+            else it holds the current ones, and w0 is a copy. Not together with max_grad_norm.
+    """
+
+    lr: float
+    max_grad_norm: float | None = None
+    on_demand: bool = False
+
+    @abc.abstractmethod
+    def start(self, target: Target, w0: Tensor) -> State:
+        """The state of a layer before the first step; saved in checkpoints, restored in place."""
+
+    @abc.abstractmethod
+    def lam_at(self, progress: float, lr: float) -> float:
+        """The proximal strength of a step of learning rate `lr`.
+
+        `progress` is the share of the run that lies before it, in [0, 1).
+        """
+
+    @abc.abstractmethod
+    def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
+        """Write the weight to compute with into `out`; in the end its top two per group are kept.
+
+        `out` is like w0, and not contiguous where the model stores the transpose.
+        """
+
+    @abc.abstractmethod
+    def update_(
+        self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
+    ) -> None:
+        """One step: change the state in place, and write the new weight if `out` is given."""
+
+    @abc.abstractmethod
+    def variable(self, state: State) -> Tensor:
+        """The tensor that the regulariser drives to 2:4."""
+
+
+def learn(job: Job, rule: Rule) -> Masks:
+    """Run `rule` for job.learn.steps steps; returns the masks and leaves the weights as they were.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written if there is a place for one.
+        ProxsparseError: the loss became NaN or infinite.
+    """
+    layers = job.targets.layers
+    distributed.reshard(job.model)
+    w0 = {t.name: t.weight() for t in layers}
+    if not rule.on_demand:
+        w0 = {name: w.clone(memory_format=torch.contiguous_format) for name, w in w0.items()}
+    states = {t.name: rule.start(t, w0[t.name]) for t in layers}
+    rows = {f"{t.name}/{key}": t.shape[0] for t in layers for key in states[t.name]}
+    done = _restore(job, states, rows)
+    run = _Run(job, rule, w0, states)
+    try:
+        with (
+            eval_mode(job.model),
+            _only_targets_require_grad(job.model, job.targets),
+            run.current_weights(),
+            _stop_requests() as stop,
+        ):
+            _loop(run, done, stop, rows)
+        masks = Masks()
+        for t in layers:
+            masks.add(t, distributed.all_rows(ops.mask_2to4(run.weight(t)), t.shape))
+    finally:
+        if not rule.on_demand:
+            for t in layers:
+                t.weight().copy_(w0[t.name])
+    return masks
+
+
+@dataclass
+class _Run:
+    """The parts of a run that its steps share."""
+
+    job: Job
+    rule: Rule
+    w0: dict[str, Tensor]
+    states: dict[str, State]
+    moment: Moment | None = None
+    updated: set[str] = field(default_factory=set)
+    mask_bits: dict[int, Tensor] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def current_weights(self) -> Iterator[None]:
+        """The model computes with the weights that the states stand for."""
+        lean = self.job.learn.memory in ("balanced", "low")
+        with contextlib.ExitStack() as stack:
+            if self.rule.on_demand:
+                stack.enter_context(weights_on_demand(self.job.targets, self.write))
+            else:
+                for target in self.job.targets.layers:
+                    self.write(target, target.weight())
+                if lean:
+                    blocks = self.job.targets.blocks
+                    stack.enter_context(recomputing(blocks, lambda _: contextlib.nullcontext()))
+            if self.rule.max_grad_norm is None:
+                stack.enter_context(consuming_gradients(self.job.targets.layers, self.update))
+            yield
+
+    def write(self, target: Target, out: Tensor) -> None:
+        """Fill `out` with the weight to compute with now."""
+        self.rule.weight_(self.w0[target.name], self.states[target.name], out)
+
+    @torch.no_grad()
+    def update(self, target: Target, grad: Tensor) -> None:
+        """One step of one layer."""
+        assert self.moment is not None
+        self.updated.add(target.name)
+        out = None if self.rule.on_demand else target.weight()
+        name = target.name
+        self.rule.update_(self.w0[name], self.states[name], grad, self.moment, out)
+
+    @torch.no_grad()
+    def weight(self, target: Target) -> Tensor:
+        """The weight to compute with now, [N, K] or [E, N, K]; its top two per group are kept."""
+        w = target.weight()
+        if self.rule.on_demand:
+            w = torch.empty_like(w, memory_format=torch.contiguous_format)
+            self.write(target, w)
+        return w
+
+    def step(self, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """Forward, backward and the update of every layer; returns the loss.
+
+        Raises:
+            ProxsparseError: a layer has no gradient.
+        """
+        layers = self.job.targets.layers
+        self.updated.clear()
+        for target in layers:
+            target.parameter.grad = None  # what an attempt to capture the step has left
+        value = loss(self.job.model, batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        if self.rule.max_grad_norm is not None:
+            assert self.moment is not None
+            self.moment = dataclasses.replace(
+                self.moment, grad_scale=_grad_scale(layers, self.rule.max_grad_norm)
+            )
+            for target in layers:
+                grad = target.grad()
+                if grad is not None:
+                    self.update(target, grad)
+                    target.parameter.grad = None
+        for target in layers:
+            if target.name not in self.updated:
+                raise ProxsparseError(
+                    f"{target.name} took no part in the loss, so nothing can be learned about "
+                    "it: leave it dense with --ignore"
+                )
+        return value.detach()
+
+    @torch.no_grad()
+    def count(self) -> Tensor:
+        """Two sums over all processes, int64 [2].
+
+        The groups with at most two non-zeros in the variable being regularised; and the weights
+        kept now and pruned at the last call, or the other way round.
+        """
+        counts = []
+        for i, part in enumerate(_parts(self.job.targets.layers)):
+            groups = _joined([self.rule.variable(self.states[t.name]) for t in part]).view(-1, 4)
+            good = (groups != 0).sum(-1, dtype=torch.uint8).le(2).sum()
+            bits = _pack_bits(ops.mask_2to4(_joined([self.weight(t) for t in part])))
+            flipped = _unpack_bits(bits ^ self.mask_bits.get(i, bits)).sum()
+            self.mask_bits[i] = bits
+            counts.append(torch.stack((good, flipped)))
+        return distributed.sum_over_processes(torch.stack(counts).sum(0))
+
+
+def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> None:
+    job, config = run.job, run.job.learn
+    device, world = next(job.model.parameters()).device, distributed.world_size()
+    if config.batch_size % world:
+        raise ProxsparseError(
+            f"--batch-size {config.batch_size} cannot be shared out evenly to {world} processes"
+        )
+    order = _Order(job.tokens.shape[0], config.batch_size, config.seed)
+    tokens = job.tokens.to(device)  # all at once: 8 bytes a token are nothing beside the weights
+    peak = run.rule.lr if config.lr is None else config.lr
+    loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss
+    if config.memory in ("balanced", "low") and can_chunk(job.model, tokens[:1]):
+        loss = chunked_next_token_loss
+    one = torch.ones((), device=device)
+
+    def take_step(batch: Tensor, scalars: Tensor) -> Tensor:
+        number, lr, lam = scalars.unbind()
+        run.moment = Moment(number, lr, lam, one)
+        return run.step(batch, loss)
+
+    losses: list[Tensor] = []
+    num_weights = sum(math.prod(t.shape) for t in job.targets.layers)
+    run.count()
+    quiet = None if distributed.is_main() else True
+    bar = tqdm(total=config.steps, initial=done, desc="learning", unit="step", disable=quiet)
+    began = time.perf_counter()
+    with bar, _launched_whole(job, take_step) as step:
+        for t in range(done, config.steps):
+            mine = order.indices(t)[distributed.rank() :: world]
+            batch = tokens[mine.to(device, non_blocking=True)]
+            lr = peak * _schedule(t, config.steps)
+            lam = run.rule.lam_at(t / config.steps, lr)
+            losses.append(step(batch, torch.tensor([t + 1, lr, lam], dtype=torch.float64)))
+            bar.update()
+            finished = t + 1 == config.steps
+            save = config.checkpoint_every > 0 and (t + 1) % config.checkpoint_every == 0
+            # Processes stop together, so they ask each other only when they talk anyway.
+            stopping = stop.is_set() and world == 1
+            if len(losses) == _METRICS_EVERY or finished or save or stopping:
+                stopping = _any(stop.is_set(), device)
+                counts = run.count()  # queued before the loss is waited for
+                record = {"step": t + 1, "loss": _finite_mean(job, losses, t + 1), "lr": lr}
+                good, flipped = counts.tolist()
+                record["share_2to4"] = good / (num_weights // 4)
+                record["share_flipped"] = flipped / num_weights
+                record["tokens_per_second"] = round(
+                    (t + 1 - done) * batch.numel() * world / (time.perf_counter() - began), 1
+                )
+                record["memory_gb"] = memory_gb(device)
+                losses.clear()
+                _report(job, record)
+                bar.set_postfix(loss=f"{record['loss']:.3f}", at_2to4=f"{record['share_2to4']:.1%}")
+            if not finished and (save or stopping) and job.checkpoints is not None:
+                job.checkpoints.save(t + 1, _flatten(run.states), rows)
+            if stopping and not finished:
+                if job.checkpoints is None:
+                    raise Interrupted(
+                        f"stopped after step {t + 1} of {config.steps}; nothing was saved"
+                    )
+                raise Interrupted(
+                    f"stopped after step {t + 1} of {config.steps}, saved in "
+                    f"{job.checkpoints.last_path()}: run the same command with --resume to go on"
+                )
+
+
+def _launched_whole(job: Job, step: Step) -> contextlib.AbstractContextManager[Step]:
+    """`step` as a CUDA graph, where one GPU holds the model and is to be fast."""
+    device, *others = {p.device for p in job.model.parameters()}
+    alone = not others and distributed.world_size() == 1
+    if device.type == "cuda" and alone and job.learn.memory not in ("balanced", "low"):
+        return as_graph(step, device)
+    return contextlib.nullcontext(step)
+
+
+def _report(job: Job, record: dict[str, float]) -> None:
+    job.history.append(record)
+    if job.metrics is not None:
+        with open(job.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    if job.track is not None:
+        job.track(record)
+
+
+def _parts(layers: tuple[Target, ...]) -> list[list[Target]]:
+    """Neighbouring layers together, up to `_COUNTED_AT_ONCE` weights."""
+    parts: list[list[Target]] = []
+    room = 0
+    for target in layers:
+        size = target.parameter.numel()
+        if size > room:
+            parts.append([])
+            room = _COUNTED_AT_ONCE
+        parts[-1].append(target)
+        room -= size
+    return parts
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """All elements in one dimension, 1-D; a single contiguous tensor is not copied."""
+    flat = [x.flatten() for x in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _any(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if distributed.world_size() == 1:
+        return flag
+    return bool(distributed.sum_over_processes(torch.tensor(int(flag), device=device)).item())
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    """Bool of any shape to uint8 [ceil(numel/8)], so that masks of two moments can be kept."""
+    flat = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
+    powers = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (flat * powers).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_bits(packed: Tensor) -> Tensor:
+    """The bits of uint8 [P] as uint8 [P, 8]."""
+    return packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+
+
+def _schedule(t: int, steps: int) -> float:
+    """Linear warm-up to 1, then linear decay towards 0, for t from 0 to steps - 1."""
+    return min((t + 1) / max(_WARMUP * steps, 1), (steps - t) / max((1 - _WARMUP) * steps, 1))
+
+
+@torch.no_grad()
+def _grad_scale(layers: tuple[Target, ...], max_norm: float) -> Tensor:
+    """The factor that clips the global gradient norm, computed on the device."""
+    norms = [g.float().norm() for g in (t.grad() for t in layers) if g is not None]
+    total = torch.stack(norms).norm()
+    if distributed.world_size() > 1:
+        total = distributed.sum_over_processes(total.square()).sqrt()
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
+
+
+def _finite_mean(job: Job, losses: list[Tensor], last: int) -> float:
+    """The mean of the latest losses.
+
+    Raises:
+        ProxsparseError: one of them is not finite; names the step and the last good checkpoint.
+    """
+    values = (
+        distributed.sum_over_processes(torch.stack(losses)) / distributed.world_size()
+    ).tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            step = last - len(values) + 1 + i
+            good = job.checkpoints.last_path() if job.checkpoints else None
+            raise ProxsparseError(
+                f"the loss is {value} at step {step}; the last good checkpoint is "
+                f"{good or 'none'}. Try a smaller --lr or --dtype float32"
+            )
+    return float(sum(values) / len(values))
+
+
+class _Order:
+    """Which calibration blocks a step sees: a fresh permutation for each pass over the data."""
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self._permutations: dict[int, Tensor] = {}
+
+    def indices(self, t: int) -> Tensor:
+        first = t * self.batch_size
+        return torch.tensor([self._at(i) for i in range(first, first + self.batch_size)])
+
+    def _at(self, i: int) -> int:
+        epoch, position = divmod(i, self.num_samples)
+        if epoch not in self._permutations:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._permutations = {epoch: torch.randperm(self.num_samples, generator=generator)}
+        return int(self._permutations[epoch][position])
+
+
+def _flatten(states: dict[str, State]) -> dict[str, Tensor]:
+    return {f"{name}/{key}": x for name, state in states.items() for key, x in state.items()}
+
+
+def _restore(job: Job, states: dict[str, State], rows: dict[str, int]) -> int:
+    """Copy the latest checkpoint into `states`; returns the steps it had done."""
+    if not job.resume or job.checkpoints is None:
+        return 0
+    done = job.checkpoints.restore_(_flatten(states), rows)
+    if done and job.metrics is not None and job.metrics.exists():
+        records = [json.loads(line) for line in job.metrics.read_text("utf-8").splitlines()]
+        job.history.extend(record for record in records if record["step"] <= done)
+        lines = "".join(json.dumps(record) + "\n" for record in job.history)
+        job.metrics.write_text(lines, "utf-8")
+    return done
+
+
+@contextlib.contextmanager
+def _only_targets_require_grad(model: nn.Module, targets: Targets) -> Iterator[None]:
+    before = {p: p.requires_grad for p in model.parameters()}
+    for p in before:
+        p.requires_grad_(False)
+    for t in targets.layers:
+        t.parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in before.items():
+            p.requires_grad_(flag)
+            p.grad = None
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that the step under way can finish first."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, _: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: leave at once
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

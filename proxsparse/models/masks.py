@@ -1,0 +1,265 @@
+"""Masks in memory, on disk, and onto a model.
+
+A mask is kept as one 4-bit code per group of four weights: 1 bit per weight, the size and the order
+in which sparse tensor cores want it. `masks.safetensors` holds the codes of each layer and, as
+metadata, which base model they belong to (by content hash) and how they were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from proxsparse import ops
+from proxsparse.ops import reference
+from proxsparse.config import TargetConfig
+from proxsparse.errors import ProxsparseError
+from proxsparse.models.targets import Target, Targets, find_targets
+
+FORMAT = "proxsparse-masks-1"
+# The codes of the six ways to keep two of four: i | j << 2 with i < j.
+_VALID = torch.zeros(16, dtype=torch.bool)
+_VALID[[i | j << 2 for j in range(4) for i in range(j)]] = True
+
+
+@dataclass(frozen=True)
+class Masks(Mapping[str, Tensor]):
+    """A 2:4 mask for each of a model's layers; masks[name] is bool [N, K] or [E, N, K].
+
+    Attributes:
+        codes: parameter name -> uint8 [ceil(numel/8)], see `reference.mask_to_codes`.
+        shapes: parameter name -> canonical shape, groups along the last dimension.
+        metadata: strings that travel with the file: base model, method, settings.
+    """
+
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def add(self, target: Target, mask: Tensor) -> None:
+        """Take up the mask of one layer, bool in the canonical shape."""
+        self.codes[target.parameter_name] = reference.mask_to_codes(mask.reshape(-1)).cpu()
+        self.shapes[target.parameter_name] = tuple(mask.shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        return reference.codes_to_mask(self.codes[name], _numel(shape)).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.codes)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the safetensors file (1 bit per weight)."""
+        from safetensors.torch import save_file
+
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        metadata = {**self.metadata, "format": FORMAT, "shapes": json.dumps(shapes)}
+        save_file(self.codes, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read and check a mask file.
+
+        Raises:
+            ProxsparseError: not there, not a mask file, truncated, or a code that is not 2:4.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise ProxsparseError(f"there is no mask file {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                codes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ProxsparseError(
+                f"{path} cannot be read as safetensors ({error}): it is truncated or another kind "
+                "of file; write it again with proxsparse prune"
+            ) from error
+        if metadata.pop("format", None) != FORMAT:
+            raise ProxsparseError(f"{path} is a safetensors file, but holds no proxsparse masks")
+        shapes = {k: tuple(v) for k, v in json.loads(metadata.pop("shapes")).items()}
+        masks = cls(codes, shapes, metadata)
+        for name in codes:
+            masks._check(name, path)
+        return masks
+
+    def _check(self, name: str, path: Path) -> None:
+        codes, shape = self.codes[name], self.shapes.get(name)
+        groups = _numel(shape) // 4 if shape else -1
+        if codes.dtype != torch.uint8 or list(codes.shape) != [(groups + 1) // 2]:
+            raise ProxsparseError(
+                f"{path}: {name} has {codes.numel()} bytes of codes, which is not its shape {shape}"
+            )
+        check_codes(codes, groups, f"{path}: {name}")
+
+
+def check_codes(codes: Tensor, num_groups: int, name: str) -> None:
+    """Refuse codes that do not keep two of four; decoding them would misplace weights in silence.
+
+    Args:
+        codes: uint8 [..., ceil(num_groups/2)], see `reference.mask_to_codes`.
+        num_groups: groups in a row.
+        name: what an error calls the tensor.
+
+    Raises:
+        ProxsparseError: names the first bad group, counted over all rows.
+    """
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :num_groups].flatten()
+    valid = _VALID.to(codes.device)[nibbles.long()]
+    if not valid.all():
+        group = int((~valid).nonzero()[0])
+        raise ProxsparseError(
+            f"{name} is not 2:4: group {group} has code {int(nibbles[group])}, which does not keep "
+            "two of four"
+        )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def model_fingerprint(targets: Targets) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of every target's weight.
+
+    Only the weights that a mask refers to count: a changed chat template is still the same base.
+    """
+    digest = hashlib.sha256()
+    for target in sorted(targets.layers, key=lambda t: t.parameter_name):
+        w = target.parameter.detach()
+        digest.update(f"{target.parameter_name} {w.dtype} {tuple(w.shape)}\n".encode())
+        digest.update(w.cpu().contiguous().view(torch.uint8).flatten().numpy().data)
+    return digest.hexdigest()
+
+
+def targets_of(model: nn.Module, masks: Masks) -> Targets:
+    """The layers of `model` that `masks` belong to.
+
+    Raises:
+        ProxsparseError: a mask names a layer the model has not, or of another shape.
+    """
+    named = tuple(name.removesuffix(".weight") for name in masks)
+    try:
+        everything = find_targets(model, TargetConfig(targets=named))
+    except ProxsparseError as error:
+        raise ProxsparseError(f"the masks were made for another model: {error}") from error
+    by_name = {t.parameter_name: t for t in everything.layers}
+    for name, shape in masks.shapes.items():
+        if by_name[name].shape != shape:
+            raise ProxsparseError(
+                f"the mask of {name} has shape {list(shape)}, the model's weight "
+                f"{list(by_name[name].shape)}: it was made for another model"
+            )
+    layers = tuple(t for t in everything.layers if t.parameter_name in masks.shapes)
+    return Targets(layers, everything.left_dense, everything.blocks, everything.block_names)
+
+
+def apply_masks_(model: nn.Module, masks: Masks) -> None:
+    """Zero the pruned weights of `model` in place.
+
+    Kept weights stay bitwise what they are, pruned ones become exact +0.0. Memory: one layer's
+    mask.
+
+    Args:
+        model: the base model.
+        masks: from `learn_masks` or `Masks.load`.
+
+    Raises:
+        ProxsparseError: a mask fits no layer of the model; nothing is changed then.
+    """
+    _zero_pruned_(targets_of(model, masks), masks)
+
+
+@torch.no_grad()
+def masks_of(model: nn.Module) -> Masks:
+    """The masks that a pruned model's zeros show.
+
+    A group with fewer than two non-zeros keeps zeros at its lowest free places, as when packed.
+
+    Args:
+        model: a dense model, pruned. Layers that are not 2:4 get no mask.
+
+    Raises:
+        ProxsparseError: no layer is 2:4.
+    """
+    masks = Masks()
+    for target in find_targets(model).layers:
+        if ops.is_2to4(target.weight()):
+            masks.add(target, ops.mask_2to4(target.weight()))
+    if not masks:
+        raise ProxsparseError(
+            f"no layer of {type(model).__name__} is 2:4, so it shows no masks: prune it first"
+        )
+    return masks
+
+
+def keep_masks_(
+    model: nn.Module, optimizer: torch.optim.Optimizer, masks: Masks | None = None
+) -> RemovableHandle:
+    """Hold a model's masks while it is trained on: now and after each step of the optimiser.
+
+    The optimiser may be any: momentum and weight decay may move a pruned weight, but it is +0.0
+    again before the next forward pass. A sparse model is turned dense first, with `densify_`, and
+    sparse again afterwards. What changes weights outside of steps, such as the merge of a LoRA
+    adapter, is followed by `apply_masks_`.
+
+    Args:
+        model: the model that is trained.
+        optimizer: what updates its weights.
+        masks: which weights stay; by default those that are not zero now, see `masks_of`.
+
+    Returns:
+        A handle; its `remove()` ends it.
+
+    Raises:
+        ProxsparseError: a mask fits no layer of the model, or none is given and no layer is 2:4.
+
+    Cost: per step one pass over the masked weights; 1 bit per weight on their device.
+    """
+    masks = masks_of(model) if masks is None else masks
+    targets = targets_of(model, masks)
+    codes = {
+        t.parameter_name: masks.codes[t.parameter_name].to(t.parameter.device)
+        for t in targets.layers
+    }
+    here = Masks(codes, masks.shapes, masks.metadata)
+    _zero_pruned_(targets, here)
+    return optimizer.register_step_post_hook(lambda *_: _zero_pruned_(targets, here))
+
+
+@torch.no_grad()
+def _zero_pruned_(targets: Targets, masks: Masks) -> None:
+    for target in targets.layers:
+        w = target.weight()
+        mask = masks[target.parameter_name].to(w.device)
+        target.set_weight_(torch.where(mask, w, torch.zeros((), dtype=w.dtype, device=w.device)))
+
+
+def layer_report(targets: Targets, masks: Masks) -> list[dict[str, Any]]:
+    """Per layer: name, shape, and the share of kept weights that magnitude keeps as well."""
+    report = []
+    for target in targets.layers:
+        mask = masks[target.parameter_name]
+        by_magnitude = ops.mask_2to4(target.weight()).cpu()
+        overlap = (mask & by_magnitude).sum().item() / mask.sum().item()
+        report.append(
+            {
+                "name": target.name,
+                "shape": list(target.shape),
+                "overlap_with_magnitude": round(overlap, 4),
+            }
+        )
+    return report

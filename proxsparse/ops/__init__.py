@@ -1,0 +1,671 @@
+"""The only seam between what the package does and how it is computed.
+
+Each op is registered with `torch.library` (so torch.compile and CUDA graphs see it) and runs on one
+of four backends: `reference` (PyTorch, any device, the definition), `cpu` (C++ and OpenMP), `cuda`
+(C++ and CUDA) or `triton` (CUDA). Automatic choice takes the first fast one of the tensor's device
+that has the op, and logs once why when there is none; a backend asked for by name, with
+`use_backend`, runs or raises.
+
+Scalars that change every step (step, lr, lam, grad_scale) may be Python floats or 0-d tensors. A
+0-d tensor on the GPU is read by the kernel itself: no host synchronisation, so a captured graph can
+be replayed with new values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxsparse.ops import reference
+from proxsparse.errors import ProxsparseError
+
+_log = logging.getLogger("proxsparse")
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+OPS = (
+    "prox_2to4",
+    "project_2to4",
+    "mask_2to4",
+    "is_2to4",
+    "pack_2to4",
+    "unpack_2to4",
+    "prox_adamw_",
+    "gate_update_",
+    "gate_project_",
+    "sparse_linear",
+    "sparse_linear_decode",
+    "sparse_linear_group",
+    "compress_2to4",
+)
+_FAST = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "triton"),
+}  # device type -> its fast backends, best first
+MAX_DECODE_TOKENS = 64
+_FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)
+_EIGHT_BIT = {"triton": (torch.uint8,)}  # backend -> further dtypes of its first operand
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend.
+
+    Args:
+        name: one of `BACKENDS`.
+
+    Raises:
+        ProxsparseError: at once for an unknown name; at the op's call when that backend cannot run
+            it.
+    """
+    if name not in BACKENDS:
+        raise ProxsparseError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> Callable[..., Any] | str:
+    """The function that runs `op` on `backend`, or the reason in words why there is none."""
+    if backend == "reference":
+        defined: Callable[..., Any] | str = getattr(reference, op, f"reference has no {op}")
+        return defined
+    stem = op.rstrip("_")
+    module = (
+        f"proxsparse.kernels.{stem}" if backend == "triton" else f"proxsparse.backends.{backend}"
+    )
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), f"{stem}_{backend}")
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            return f"{backend} has no {op}"
+        return str(error)
+    except ImportError as error:
+        return str(error)
+    except AttributeError:
+        return f"{backend} has no {op}"
+    return function
+
+
+def _choose(op: str, first: Tensor) -> Callable[..., Any]:
+    """The implementation for a call whose main operand is `first`."""
+    forced = _forced.get()
+    here = _FAST.get(first.device.type, ())
+    wanted = (forced,) if forced else here
+    reasons = []
+    for backend in wanted:
+        if backend == "reference":
+            break
+        if backend not in here:
+            found: Callable[..., Any] | str = f"its tensors are on {first.device.type}"
+        elif first.dtype not in (*_FAST_DTYPES, *_EIGHT_BIT.get(backend, ())):
+            found = f"its dtype is {first.dtype}"
+        else:
+            found = implementation(op, backend)
+        if not isinstance(found, str):
+            return found
+        reasons.append(found)
+    if forced and reasons:
+        raise ProxsparseError(
+            f"backend {forced!r} was asked for, but cannot run {op}: {reasons[0]}"
+        )
+    defined = implementation(op, "reference")
+    if isinstance(defined, str):
+        raise ProxsparseError(
+            f"{op} cannot run on {first.device.type}: {'; '.join([*reasons, defined])}"
+        )
+    if reasons:
+        _log_once(f"{op} runs on the reference backend: {'; '.join(dict.fromkeys(reasons))}")
+    return defined
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.info(message)
+
+
+# -- registration
+# ------------------------------------------------------------------------------------
+
+_STEP = "Tensor step, Tensor lr, Tensor lam, Tensor grad_scale"
+_ADAM = "float beta1, float beta2, float eps"
+_library = torch.library.Library("proxsparse", "DEF")  # type: ignore[no-untyped-call]
+for _schema in (
+    "prox_2to4(Tensor z, Tensor lam) -> Tensor",
+    "project_2to4(Tensor w, Tensor? score) -> Tensor",
+    "mask_2to4(Tensor score) -> Tensor",
+    "is_2to4(Tensor w) -> Tensor",
+    "pack_2to4(Tensor w) -> (Tensor, Tensor)",
+    "unpack_2to4(Tensor values, Tensor codes) -> Tensor",
+    f"prox_adamw_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, {_STEP}, Tensor? w0, "
+    f"float lam2, float reg_eps, {_ADAM}, float weight_decay) -> ()",
+    f"gate_update_(Tensor(a!) s, Tensor grad, Tensor w0, Tensor(b!) m, Tensor(c!) v, "
+    f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard, Tensor(e!)? scales, "
+    f"int seed) -> ()",
+    "gate_project_(Tensor s, Tensor w0, Tensor act_norm, Tensor(a!) out) -> ()",
+    "sparse_linear(Tensor x, Tensor values, Tensor codes, Tensor? bias, Tensor? compressed, "
+    "Tensor? dense) -> Tensor",
+    "sparse_linear_decode(Tensor x, Tensor values, Tensor codes, Tensor? bias) -> Tensor",
+    "sparse_linear_group(Tensor x, Tensor[] values, Tensor[] codes, Tensor?[] bias, "
+    "Tensor?[] compressed, Tensor?[] dense) -> Tensor[]",
+    "compress_2to4(Tensor w) -> Tensor",
+):
+    _library.define(_schema)  # type: ignore[no-untyped-call]
+
+
+def _register(op: str, fake: Callable[..., Any]) -> None:
+    def run(first: Tensor, *args: Any) -> Any:
+        return _choose(op, first)(first, *args)
+
+    _library.impl(op, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"proxsparse::{op}", fake, lib=_library)
+
+
+def _fake_pack(w: Tensor) -> tuple[Tensor, Tensor]:
+    *lead, k = w.shape
+    return w.new_empty(*lead, k // 2), w.new_empty(*lead, (k + 7) // 8, dtype=torch.uint8)
+
+
+_register("prox_2to4", lambda z, lam: torch.empty_like(z))
+_register("project_2to4", lambda w, score: torch.empty_like(w))
+_register("mask_2to4", lambda score: torch.empty_like(score, dtype=torch.bool))
+_register("is_2to4", lambda w: w.new_empty((), dtype=torch.bool))
+_register("pack_2to4", _fake_pack)
+_register(
+    "unpack_2to4",
+    lambda values, codes: values.new_empty(*values.shape[:-1], 2 * values.shape[-1]),
+)
+_register("prox_adamw_", lambda *_: None)
+_register("gate_update_", lambda *_: None)
+_register("gate_project_", lambda *_: None)
+for _name in ("sparse_linear", "sparse_linear_decode"):
+    _register(_name, lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]))
+_register(
+    "sparse_linear_group",
+    lambda x, values, *_: [x.new_empty(*x.shape[:-1], w.shape[0]) for w in values],
+)
+_register(  # only the library knows the size
+    "compress_2to4",
+    lambda w: w.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
+)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, codes, bias, _, dense = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(values, codes, dense)
+
+
+def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to x and bias; the packed weight is frozen."""
+    values, codes, dense = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ (unpack_2to4(values, codes) if dense is None else dense)
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_bias, None, None
+
+
+torch.library.register_autograd(
+    "proxsparse::sparse_linear",
+    _sparse_linear_backward,
+    setup_context=_save_for_backward,
+    lib=_library,
+)
+
+
+# -- the functions people call
+# -----------------------------------------------------------------------
+
+_op = torch.ops.proxsparse
+
+
+def _check_groups(name: str, x: Tensor, more: tuple[torch.dtype, ...] = ()) -> None:
+    if x.dim() == 0 or x.shape[-1] % 4:
+        raise ProxsparseError(
+            f"{name} has shape {list(x.shape)}: the last dimension must be a multiple of 4, "
+            "because a group is four neighbours along it"
+        )
+    if not x.is_floating_point() and x.dtype not in more:
+        raise ProxsparseError(f"{name} has dtype {x.dtype}: a floating dtype is needed")
+
+
+def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.shape != like.shape or x.device != like.device:
+        raise ProxsparseError(
+            f"{name} is {list(x.shape)} on {x.device}, but {like_name} is {list(like.shape)} on "
+            f"{like.device}: they must agree"
+        )
+
+
+def _check_in_place(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.is_contiguous():
+            raise ProxsparseError(
+                f"{name} is updated in place and must be contiguous; its strides are {x.stride()}"
+            )
+
+
+def _check_norm(act_norm: Tensor, s: Tensor) -> None:
+    if list(act_norm.shape) != [*s.shape[:-2], s.shape[-1]] or s.dim() < 2:
+        raise ProxsparseError(
+            f"act_norm is {list(act_norm.shape)}; gates {list(s.shape)} need one norm per input "
+            f"feature, {[*s.shape[:-2], s.shape[-1]]}"
+        )
+
+
+def _check_8_bit(s: Tensor, m: Tensor, v: Tensor, scales: Tensor) -> None:
+    found, needed = (s.dtype, m.dtype, v.dtype), (torch.uint8, torch.int8, torch.uint8)
+    if found != needed:
+        raise ProxsparseError(f"with scales s, m, v must be of {needed}, not {found}")
+    blocks = -(-s.shape[-2] * s.shape[-1] // reference.QUANTUM_BLOCK)
+    expected = [*s.shape[:-2], blocks, 2]
+    if list(scales.shape) != expected or scales.dtype != torch.float32:
+        raise ProxsparseError(
+            f"scales are {list(scales.shape)} of {scales.dtype}; 8-bit states {list(s.shape)} need "
+            f"{expected} of torch.float32"
+        )
+    _check_in_place(scales=scales)
+
+
+def _scalar(name: str, x: float | Tensor, minimum: float = 0.0) -> Tensor:
+    if isinstance(x, Tensor):
+        if x.dim():
+            raise ProxsparseError(f"{name} must be a float or a 0-d tensor, not {list(x.shape)}")
+        return x
+    if not x >= minimum:
+        raise ProxsparseError(f"{name} is {x}: it must be at least {minimum:g}")
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def prox_2to4(z: Tensor, lam: float | Tensor) -> Tensor:
+    """The exact proximal operator of R per group; see `reference.prox_2to4`."""
+    _check_groups("z", z)
+    return _op.prox_2to4(z.contiguous(), _scalar("lam", lam))  # type: ignore[no-any-return]
+
+
+def project_2to4(w: Tensor, score: Tensor | None = None) -> Tensor:
+    """The tensor w with all but two entries of each group +0.0; see `reference.project_2to4`."""
+    _check_groups("w", w)
+    if score is not None:
+        _check_like("score", score, "w", w)
+        score = score.contiguous()
+    return _op.project_2to4(w.contiguous(), score)  # type: ignore[no-any-return]
+
+
+def mask_2to4(score: Tensor) -> Tensor:
+    """True at the two largest |score| of each group; see `reference.mask_2to4`."""
+    _check_groups("score", score)
+    return _op.mask_2to4(score.contiguous())  # type: ignore[no-any-return]
+
+
+def is_2to4(w: Tensor) -> Tensor:
+    """Whether every group has at most two non-zeros, as a 0-d bool tensor on w's device."""
+    _check_groups("w", w)
+    return _op.is_2to4(w.contiguous())  # type: ignore[no-any-return]
+
+
+def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept values and group codes of a 2:4 tensor; see `reference.pack_2to4`.
+
+    Raises:
+        ProxsparseError: a group has three or four non-zeros; the first one is named. (Checking
+            reads one flag back to the host; inside torch.compile it is skipped.)
+    """
+    _check_groups("w", w)
+    w = w.contiguous()
+    _check_2to4(w)
+    return _op.pack_2to4(w)  # type: ignore[no-any-return]
+
+
+def _check_2to4(w: Tensor) -> None:
+    if torch.compiler.is_compiling() or is_2to4(w):
+        return
+    group = int((w.reshape(-1, 4) != 0).sum(-1).gt(2).nonzero()[0])
+    row, column = divmod(4 * group, w.shape[-1])
+    raise ProxsparseError(
+        f"w is not 2:4: row {row}, columns {column} to {column + 3} hold "
+        f"{w.reshape(-1, 4)[group].tolist()}; prune it first, e.g. with project_2to4"
+    )
+
+
+def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
+    """The dense tensor behind `pack_2to4`'s output; exact +0.0 where nothing was kept.
+
+    The codes of a weight [N, K] may be in tiles, see `lay_out_2to4`.
+    """
+    k = 2 * values.shape[-1] if values.dim() else 0
+    expected = [*values.shape[:-1], (k + 7) // 8]
+    if codes.dim() == 3 and values.dim() == 2:
+        if values.is_cuda:
+            expected = list(_tiles_shape(*values.shape))
+        else:  # no kernel of a CPU reads tiles
+            codes = code_rows(values, codes)
+    if k % 4 or list(codes.shape) != expected or codes.dtype != torch.uint8:
+        raise ProxsparseError(
+            f"values {list(values.shape)} need codes of shape {expected} and dtype uint8, not "
+            f"{list(codes.shape)} and {codes.dtype}"
+        )
+    return _op.unpack_2to4(values.contiguous(), codes.contiguous())  # type: ignore[no-any-return]
+
+
+def prox_adamw_(
+    p: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    step: float | Tensor,
+    lr: float | Tensor,
+    lam: float | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    w0: Tensor | None = None,
+    lam2: float = 0.0,
+    reg_eps: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """AdamW and the proximal step on weights, in place; see `reference.prox_adamw_`."""
+    _check_groups("p", p)
+    for name, x in (("grad", grad), ("m", m), ("v", v)):
+        _check_like(name, x, "p", p)
+    if w0 is not None:
+        _check_like("w0", w0, "p", p)
+        w0 = w0.contiguous()
+    elif lam2 != 0:
+        raise ProxsparseError(f"lam2 is {lam2}, so the original weight w0 is needed")
+    _check_in_place(p=p, m=m, v=v)
+    _op.prox_adamw_(
+        p,
+        grad.contiguous(),
+        m,
+        v,
+        _scalar("step", step, 1.0),
+        _scalar("lr", lr),
+        _scalar("lam", lam),
+        _scalar("grad_scale", grad_scale),
+        w0,
+        lam2,
+        reg_eps,
+        *betas,
+        eps,
+        weight_decay,
+    )
+
+
+def gate_update_(
+    s: Tensor,
+    grad: Tensor,
+    w0: Tensor,
+    m: Tensor,
+    v: Tensor,
+    act_norm: Tensor,
+    *,
+    step: float | Tensor,
+    lr: float | Tensor,
+    lam: float | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    out: Tensor | None = None,
+    hard: bool = False,
+    scales: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """Adam and the proximal step on gates, in place; see `reference.gate_update_`."""
+    _check_groups("s", s, (torch.uint8,) if scales is not None else ())
+    for name, x in (("grad", grad), ("w0", w0), ("m", m), ("v", v)):
+        _check_like(name, x, "s", s)
+    _check_norm(act_norm, s)
+    _check_in_place(s=s, m=m, v=v)
+    if scales is not None:
+        _check_8_bit(s, m, v, scales)
+    if out is not None:
+        _check_like("out", out, "s", s)
+        _check_in_place(out=out)
+    _op.gate_update_(
+        s,
+        grad.contiguous(),
+        w0.contiguous(),
+        m,
+        v,
+        act_norm.contiguous(),
+        _scalar("step", step, 1.0),
+        _scalar("lr", lr),
+        _scalar("lam", lam),
+        _scalar("grad_scale", grad_scale),
+        *betas,
+        eps,
+        out,
+        hard,
+        scales,
+        seed,
+    )
+
+
+def gate_project_(s: Tensor, w0: Tensor, act_norm: Tensor, out: Tensor) -> None:
+    """Write w0 under the mask of the gates into out; see `reference.gate_project_`."""
+    _check_groups("s", s, (torch.uint8,))
+    _check_like("w0", w0, "s", s)
+    _check_like("out", out, "s", s)
+    _check_norm(act_norm, s)
+    _check_in_place(out=out)
+    _op.gate_project_(s.contiguous(), w0.contiguous(), act_norm.contiguous(), out)
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None = None,
+    *,
+    compressed: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
+    """The product with a packed 2:4 weight, x @ W^T + bias; see `reference.sparse_linear`.
+
+    `codes` may be in tiles, see `lay_out_2to4`. `compressed` and `dense` are other forms of the
+    same weight, for backends that are faster with them; which a call uses is up to the backend.
+    """
+    _check_packed_product(x, values, codes, bias)
+    return _op.sparse_linear(  # type: ignore[no-any-return]
+        x, values, codes, bias, compressed, dense
+    )
+
+
+def eager_key(x: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
+    """What decides how `sparse_linear` runs on one weight, where nobody has to see the op.
+
+    None where the dispatcher is needed: for autograd, a compiler or a tensor subclass; where a
+    backend was asked for, autocast is on or another GPU is current; and off CUDA.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cuda or _forced.get():
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
+    device = x.get_device()
+    if torch.is_autocast_enabled("cuda") or torch._C._cuda_getDevice() != device:
+        return None
+    return x.shape, x.dtype, device
+
+
+def settled_sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    compressed: Tensor | None,
+    dense: Tensor | None,
+) -> Callable[..., Tensor] | None:
+    """What `sparse_linear` runs for these operands, to be called with them or with their like.
+
+    "Their like" are operands of the same shapes, dtypes and devices, while `eager_key` of x and
+    bias is the same. None where that is not decided once for all.
+    """
+    if isinstance(implementation("sparse_linear", "cuda"), str) or not x.numel():
+        return None
+    backend = importlib.import_module("proxsparse.backends.cuda")
+    forms = values, codes, bias, compressed, dense
+    run: Callable[..., Tensor] = backend.find_run_for_shape(x, *forms)
+    return run
+
+
+def sparse_linear_decode(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The product with a packed 2:4 weight for at most 64 tokens; `sparse_linear` picks it itself.
+
+    For inference: no gradient is defined. See `reference.sparse_linear_decode`.
+    """
+    _check_packed_product(x, values, codes, bias)
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if tokens > MAX_DECODE_TOKENS:
+        raise ProxsparseError(
+            f"x has {tokens} tokens: sparse_linear_decode takes at most {MAX_DECODE_TOKENS}; "
+            "sparse_linear takes any number"
+        )
+    return _op.sparse_linear_decode(x, values, codes, bias)  # type: ignore[no-any-return]
+
+
+def sparse_linear_group(
+    x: Tensor,
+    values: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    compressed: Sequence[Tensor | None],
+    dense: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """`sparse_linear` of one x and several weights; see `reference.sparse_linear_group`.
+
+    For inference: no gradient is defined. `compiler` makes these calls out of single ones.
+    """
+    for operands in zip(values, codes, bias, strict=True):
+        _check_packed_product(x, *operands)
+    return _op.sparse_linear_group(  # type: ignore[no-any-return]
+        x, list(values), list(codes), list(bias), list(compressed), list(dense)
+    )
+
+
+def _check_packed_product(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
+    n, half = values.shape if values.dim() == 2 else (0, 0)
+    if values.dim() != 2 or codes.shape not in ((n, (half + 3) // 4), _tiles_shape(n, half)):
+        raise ProxsparseError(
+            f"values {list(values.shape)} and codes {list(codes.shape)} are no packed 2:4 weight: "
+            "expected [N, K/2] and [N, ceil(K/8)] from pack_2to4, or codes in tiles"
+        )
+    if x.dim() == 0 or x.shape[-1] != 2 * half:
+        raise ProxsparseError(
+            f"x is {list(x.shape)}, but the weight is [{n}, {2 * half}]: the last dimension must "
+            f"be its in_features, {2 * half}"
+        )
+    if x.dtype != values.dtype or x.device != values.device:
+        raise ProxsparseError(
+            f"x is {x.dtype} on {x.device}, but the weight is {values.dtype} on {values.device}: "
+            "they must agree"
+        )
+    if bias is not None and list(bias.shape) != [n]:
+        raise ProxsparseError(f"bias is {list(bias.shape)}: the weight has {n} out_features")
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        raise ProxsparseError(
+            f"x is {x.dtype} on {x.device}, but the bias is {bias.dtype} on {bias.device}: they "
+            "must agree"
+        )
+
+
+def _tiles_shape(n: int, half: int) -> tuple[int, int, int]:
+    return -(-n // 64), half // 16, 256
+
+
+def code_rows(values: Tensor, codes: Tensor) -> Tensor:
+    """The codes of a packed weight as `pack_2to4` has them, be they in tiles or not.
+
+    Args:
+        values: [N, K/2].
+        codes: uint8 [N, ceil(K/8)], returned as they are, or tiles from `lay_out_2to4`.
+
+    Returns:
+        uint8 [N, ceil(K/8)].
+    """
+    if codes.dim() == 2:
+        return codes
+    n, half = values.shape
+    if codes.shape != _tiles_shape(n, half) or codes.dtype != torch.uint8:
+        raise ProxsparseError(
+            f"values {list(values.shape)} need tiles of codes of shape {_tiles_shape(n, half)} and "
+            f"dtype uint8, not {list(codes.shape)} and {codes.dtype}"
+        )
+    return reference.untile_codes(codes, n)
+
+
+def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A packed weight in the order in which the kernels of its device read it.
+
+    Args:
+        values: [N, K/2], from `pack_2to4`.
+        codes: uint8 [N, ceil(K/8)].
+
+    Returns:
+        (values, codes, compressed). On a GPU whose kernel for few tokens takes the weight, values
+        and codes lie behind one another in one new buffer, the codes in tiles (see
+        `reference.tile_codes`). Where that is what `compress_2to4` would make, `compressed` is the
+        buffer, so that one copy serves all backends; else None. Elsewhere the arguments themselves
+        and None.
+    """
+    is_cuda = values.device.type == "cuda"
+    if not is_cuda or isinstance(implementation("sparse_linear", "cuda"), str):
+        return values, codes, None
+    backend = importlib.import_module("proxsparse.backends.cuda")
+    return backend.lay_out_2to4(values, codes)  # type: ignore[no-any-return]
+
+
+def can_compress(n: int, k: int, dtype: torch.dtype) -> str:
+    """Why `compress_2to4` cannot take a weight [n, k] of this dtype here; empty when it can."""
+    try:
+        backend = importlib.import_module("proxsparse.backends.cuda")
+    except ImportError as error:
+        return str(error)
+    return backend.can_compress(n, k, dtype)  # type: ignore[no-any-return]
+
+
+def compress_2to4(w: Tensor) -> Tensor:
+    """The form of a 2:4 weight that cuSPARSELt multiplies with, for `sparse_linear`'s `compressed`.
+
+    Args:
+        w: [N, K], bfloat16 or float16, on a CUDA device; N and K multiples of 16.
+
+    Returns:
+        uint8, 1-D, opaque: about 9/16 of w's bytes. There is no definition of it in `reference`;
+        store what `pack_2to4` returns and make this anew.
+
+    Raises:
+        ProxsparseError: `can_compress` has a reason against it, w is not on a CUDA device, or a
+            group has three or four non-zeros; the first one is named. (Checking reads one flag
+            back to the host; inside torch.compile it is skipped.)
+    """
+    _check_groups("w", w)
+    if w.dim() != 2:
+        raise ProxsparseError(f"w is {list(w.shape)}: a weight [N, K] is needed")
+    if w.device.type != "cuda":
+        raise ProxsparseError(
+            f"w is on {w.device}: cuSPARSELt's form of a weight exists on CUDA devices only"
+        )
+    reason = can_compress(w.shape[0], w.shape[1], w.dtype)
+    if reason:
+        raise ProxsparseError(f"w cannot be compressed: {reason}")
+    w = w.contiguous()
+    _check_2to4(w)
+    return _op.compress_2to4(w)  # type: ignore[no-any-return]

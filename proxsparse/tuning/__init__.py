@@ -1,0 +1,1 @@
+"""Measures what a sparse layer runs on."""
