@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from harness import describe_run, pick_device, results_directory, show_log
 
-from proxsparse.models.loading import build_model
-from proxsparse.learning.memory import memory_gb
 from proxsparse.jobs.prune import load_data, run_method, settle_memory
 from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.learning.memory import memory_gb
+from proxsparse.models.loading import build_model
 from proxsparse.models.targets import find_targets
 
 LLAMA_8B = {

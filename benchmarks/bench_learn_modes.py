@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from harness import describe_run, pick_device, results_directory, show_log
 
-from proxsparse.data.calibration import Calibration, read_text, to_blocks, tokenize_text
+from proxsparse.data.calibration import Calibration
+from proxsparse.data.sources import read_text
+from proxsparse.data.tokenizing import to_blocks, tokenize_text
 from proxsparse.jobs.evaluate import evaluate_perplexity
-from proxsparse.models.loading import load_model
-from proxsparse.models.masks import Masks, apply_masks_
 from proxsparse.jobs.prune import run_method
 from proxsparse.jobs.recipe import make_recipe
+from proxsparse.models.loading import load_model
+from proxsparse.models.masks import Masks, apply_masks_
 from proxsparse.models.targets import find_targets
 
 MODES = ("fast", "balanced", "low")  # fast first: the others are compared with it

@@ -25,13 +25,14 @@ from bench_learn_modes import agreement
 from harness import describe_run, pick_device, results_directory, show_log
 from torch.autograd import DeviceType
 
+from proxsparse.data.sources import read_text
+from proxsparse.data.tokenizing import to_blocks, tokenize_text
+from proxsparse.jobs.recipe import make_recipe
 from proxsparse.learning import loop as learn
-from proxsparse.data.calibration import read_text, to_blocks, tokenize_text
-from proxsparse.learning.loop import Job
+from proxsparse.learning.job import Job
 from proxsparse.models.loading import load_model
 from proxsparse.models.masks import Masks
 from proxsparse.models.precision import computing_in
-from proxsparse.jobs.recipe import make_recipe
 from proxsparse.models.targets import find_targets
 
 LOOK = 10  # steps between the loop's looks at its metrics, which is when it can be timed

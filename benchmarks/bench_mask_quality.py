@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from harness import describe_run, results_directory, show_log
 
-from proxsparse.data.calibration import Calibration, read_text, to_blocks, tokenize_text
+from proxsparse.data.calibration import Calibration
+from proxsparse.data.sources import read_text
+from proxsparse.data.tokenizing import to_blocks, tokenize_text
 from proxsparse.jobs.evaluate import evaluate_perplexity, remaining_loss
+from proxsparse.jobs.prune import run_method
+from proxsparse.jobs.recipe import make_recipe
 from proxsparse.models.loading import load_model, resolve_device
 from proxsparse.models.masks import apply_masks_
 from proxsparse.models.precision import computing_in
-from proxsparse.jobs.prune import run_method
-from proxsparse.jobs.recipe import make_recipe
 from proxsparse.models.targets import find_targets
 
 # name in the table -> method and the settings that differ from its defaults

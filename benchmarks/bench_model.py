@@ -10,14 +10,14 @@ it computes what the sparse one does: its logits are the reference, and it reads
 because multiplying by zeros takes less power, and so a GPU at its power limit is faster at it.
 
 All run on the same stack: transformers, its sdpa attention, and for decoding
-`proxsparse.inference.decoding.Decoder`, on a GPU as a CUDA graph. torch.compile fuses small kernels in all
-of them (in the sparse model also products of one input): of a decode step as a whole, of a prompt
-in each decoder block, because what is decided before the blocks, as that no mask is needed, is
-decided differently while all of it is traced. Reading prompts takes a GPU to its power limit, which
-lowers its clocks: they are given time to settle before a prompt is timed. A decode step cannot be
-faster than its weights and its cache can be read, dense or packed; these limits are printed beside
-what was measured. Logits are compared without torch.compile; the yardstick is how far the masked
-model's move when a second sequence joins the batch.
+`proxsparse.inference.decoding.Decoder`, on a GPU as a CUDA graph. torch.compile fuses small kernels
+in all of them (in the sparse model also products of one input): of a decode step as a whole, of a
+prompt in each decoder block, because what is decided before the blocks, as that no mask is needed,
+is decided differently while all of it is traced. Reading prompts takes a GPU to its power limit,
+which lowers its clocks: they are given time to settle before a prompt is timed. A decode step
+cannot be faster than its weights and its cache can be read, dense or packed; these limits are
+printed beside what was measured. Logits are compared without torch.compile; the yardstick is how
+far the masked model's move when a second sequence joins the batch.
 """
 
 from __future__ import annotations
@@ -39,14 +39,12 @@ from bench_learn_8b import LLAMA_8B, TINY
 from harness import copy_bandwidth, describe_run, pick_device, results_directory, time_interleaved
 from torch import Tensor, nn
 
-from proxsparse import ops
-from proxsparse import sparsify_
-from proxsparse.backends import choice as tuning
+from proxsparse import ops, sparsify_
 from proxsparse.inference.decoding import Decoder
-from proxsparse.models.loading import build_model
-from proxsparse.inference.sparsify import state_bytes
 from proxsparse.inference.sparse_linear import MEMORY, sparse_layers
+from proxsparse.models.loading import build_model, state_bytes
 from proxsparse.models.targets import find_targets
+from proxsparse.tuning.tune import tune_layers
 
 PROMPT = 128  # tokens read before decoding is timed
 LOGITS_KEPT = 64  # positions compared, at most
@@ -87,7 +85,7 @@ def tune(model: Any, tokens: list[int], seconds: float) -> str:
         return f"no: {reasons[0]}"
     layers = list(dict.fromkeys(layers))
     index = torch.cuda.current_device()
-    report = tuning.tune_layers(layers, tokens, dtype=model.dtype, device=index, seconds=seconds)
+    report = tune_layers(layers, tokens, dtype=model.dtype, device=index, seconds=seconds)
     return str(report)
 
 

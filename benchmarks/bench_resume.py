@@ -23,7 +23,8 @@ from typing import Any
 from harness import describe_run, results_directory
 
 from proxsparse import Masks
-from proxsparse.data.calibration import read_text, to_blocks, tokenize_text
+from proxsparse.data.sources import read_text
+from proxsparse.data.tokenizing import to_blocks, tokenize_text
 from proxsparse.jobs.evaluate import evaluate_perplexity
 from proxsparse.models.loading import load_model, resolve_device
 

@@ -33,8 +33,9 @@ from harness import copy_bandwidth, describe_run, results_directory, time_once
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.backends import choice as tuning
+from proxsparse.backends.table import table_for
 from proxsparse.inference.sparse_linear import SparseLinear
+from proxsparse.tuning import tune
 
 # (N, K, has_bias) of the layers of a block; q, k and v of a model share K, gate and up are alike.
 MODELS = {
@@ -403,7 +404,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     if args.tune_seconds:
-        report = tuning.tune_layers(
+        report = tune.tune_layers(
             layers, tokens, dtype=dtype, device=device.index, seconds=args.tune_seconds
         )
         print(f"tuned: {report}")
@@ -437,7 +438,7 @@ def main() -> None:
                         "SLOWER" if row["speedup"] < 1 else "",
                     )
             del weights
-    table = tuning.table_for(device.index)
+    table = table_for(device.index)
     result = {
         **describe_run(),
         "cusparselt": table.library,

@@ -26,7 +26,8 @@ from harness import Row, copy_bandwidth, time_interleaved, write_results
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.ops import implementation
+from proxsparse.backends import executors
+from proxsparse.ops.dispatch import implementation
 
 SHAPES = [
     *((4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)),
@@ -55,10 +56,10 @@ def backends(n: int, k: int, x: Tensor) -> dict[str, Callable[[Weight], Tensor]]
     device, dtype = x.get_device(), x.dtype
     if backend_cuda._cuda.has_decode and k % 64 == 0:
         hopper = torch.cuda.get_device_capability() >= (9, 0)
-        for layout in ((0, 0, 0), *backend_cuda.DECODE_LAYOUTS):
+        for layout in ((0, 0, 0), *executors.DECODE_LAYOUTS):
             if layout[2] > 1 and not hopper:
                 continue
-            run = backend_cuda.Decode(layout, device, dtype, n, k)
+            run = executors.Decode(layout, device, dtype, n, k)
             name = "cuda chosen" if layout[0] == 0 else "cuda {}/{}/{}".format(*layout)
             found[name] = lambda w, run=run: run(x, w.values, w.tiles, None)
     triton = implementation("sparse_linear_decode", "triton")

@@ -32,7 +32,7 @@ from harness import (
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.ops import reference
+from proxsparse.ops import dispatch, reference
 
 IN_FEATURES = 4096
 MAX_EAGER = 2**24
@@ -70,7 +70,7 @@ class FusedUpdate:
 
     def run(self, backend: str, tensors: list[Tensor], lam: float) -> None:
         """One step."""
-        with ops.use_backend(backend):
+        with dispatch.use_backend(backend):
             getattr(ops, f"{self.stem}_")(*tensors, **self.settings, lam=lam)
 
     def num_bytes(self, size: int, dtype: str, states: str) -> int:

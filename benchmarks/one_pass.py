@@ -26,7 +26,7 @@ from harness import (
 )
 from torch import Tensor
 
-from proxsparse import ops
+from proxsparse.ops import dispatch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SIGMA = 0.02  # of a language model's weights
@@ -78,7 +78,7 @@ def main(op: OnePass) -> None:
         shapes, rounds = ["1024x4096"], 3
 
     torch.manual_seed(0)
-    with ops.use_backend(fast):
+    with dispatch.use_backend(fast):
         for setting in op.settings.values():
             for dtype in DTYPES.values():
                 op.check(op.prepare(_weight("256x4096", dtype, device)), setting)
@@ -97,7 +97,7 @@ def main(op: OnePass) -> None:
             slow = [time_once(lambda: op.run_baseline(w, setting), device)]  # noqa: B023
             base = Row(case, op.baseline[0], slow, num_bytes)
             rows.append(base)
-            with ops.use_backend(fast), _rotating(op, w, setting) as (run_all, count):
+            with dispatch.use_backend(fast), _rotating(op, w, setting) as (run_all, count):
                 (seconds,) = time_interleaved([run_all], lambda: None, device, rounds)
                 rows.append(Row(case, fast, [t / count for t in seconds], num_bytes, base))
                 if device.type == "cuda":

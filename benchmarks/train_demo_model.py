@@ -3,11 +3,11 @@
     PYTHONPATH=. python benchmarks/train_demo_model.py --with-tests --compile --seconds 240
 
 A Llama of 3.2 M parameters with a byte-level BPE tokenizer, on the text of Python's standard
-library (proxsparse/data/corpus.py). The pruning methods only rank as they do on large models when little
-is left to learn, so the run is long for the size: some 500 M tokens, minutes on a data-centre GPU.
-That is dozens of passes over the text; the weights kept are those of the lowest held-out loss. With
---steps the run repeats for a seed (on a GPU up to the order of its atomic additions); with
---seconds its length depends on the machine.
+library (proxsparse/data/corpus.py). The pruning methods only rank as they do on large models when
+little is left to learn, so the run is long for the size: some 500 M tokens, minutes on a data-
+centre GPU. That is dozens of passes over the text; the weights kept are those of the lowest held-
+out loss. With --steps the run repeats for a seed (on a GPU up to the order of its atomic
+additions); with --seconds its length depends on the machine.
 
 Writes config.json, generation_config.json, model.safetensors (bfloat16), tokenizer.json,
 tokenizer_config.json and training.json (settings, losses, text fingerprint).

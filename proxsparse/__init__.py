@@ -21,11 +21,11 @@ from proxsparse.inference.registration import register
 if TYPE_CHECKING:
     from proxsparse.config import CalibrationConfig, LearnConfig, RunConfig, TargetConfig
     from proxsparse.errors import Interrupted, ProxsparseError
-    from proxsparse.jobs.evaluate import evaluate_perplexity
-    from proxsparse.models.masks import Masks, apply_masks_, keep_masks_, masks_of
-    from proxsparse.inference.sparsify import densify_, sparsify_
-    from proxsparse.jobs.prune import PruneResult, learn_masks, prune
     from proxsparse.inference.sparse_linear import SparseLinear
+    from proxsparse.inference.sparsify import densify_, sparsify_
+    from proxsparse.jobs.evaluate import evaluate_perplexity
+    from proxsparse.jobs.prune import PruneResult, learn_masks, prune
+    from proxsparse.models.masks import Masks, apply_masks_, keep_masks_, masks_of
 
 try:
     __version__ = version("proxsparse")

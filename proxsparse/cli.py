@@ -356,7 +356,7 @@ def generate(
 
     Example: proxsparse generate ./llama-2to4 --prompt "Once upon a time"
     """
-    from proxsparse.inference.decoding import generate as run
+    from proxsparse.jobs.generate import generate as run
 
     _quiet_transformers()
     result = run(
@@ -499,7 +499,7 @@ def demo(
     from proxsparse.jobs.demo import run_demo
 
     _quiet_transformers()
-    logging.getLogger("proxsparse").setLevel(logging.WARNING)  # its runs are not the user's
+    logging.getLogger(__name__).setLevel(logging.WARNING)  # its runs are not the user's
     return run_demo(console, output, quick=quick)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from proxsparse.learning import loop as learn
 from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.prune import prune
+from proxsparse.learning import loop as learn
 
 spec: dict[str, Any] = globals()["spec"]
 os.environ.update(spec["env"])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
+from proxsparse.ops import dispatch, reference
 
 backend_cpu = pytest.importorskip("proxsparse.backends.cpu", reason="the extension was not built")
 
@@ -23,7 +23,7 @@ STEP = {"step": 7, "lr": 0.02, "lam": 0.3, "grad_scale": 0.7}
 
 @pytest.fixture(autouse=True)
 def on_the_cpu_backend():
-    with ops.use_backend("cpu"):
+    with dispatch.use_backend("cpu"):
         yield
 
 
@@ -247,7 +247,7 @@ def test_prox_adamw(weights: torch.dtype, states: torch.dtype, lam2: float) -> N
     settings = {**STEP, "lam2": lam2, "reg_eps": 0.5, "weight_decay": 0.1}
     ops.prox_adamw_(*run.values(), w0=w0, **settings)
     exact = in_float64(exact)
-    with ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         ops.prox_adamw_(*exact.values(), w0=w0.double(), **settings)
         # The weights as AdamW leaves them, before the prox.
         moved = {
@@ -285,7 +285,7 @@ def test_gate_update(weights: torch.dtype, states: torch.dtype, shape: tuple[int
     out = torch.full_like(w0, torch.nan)
     exact = in_float64({"s": s, "grad": grad, "w0": w0, "m": m, "v": v, "act_norm": norms})
     moved = {name: x.clone() for name, x in exact.items()}
-    with ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         ops.gate_update_(*exact.values(), **STEP)
         ops.gate_update_(*moved.values(), **{**STEP, "lam": 0.0})
     ops.gate_update_(s, grad, w0, m, v, norms, out=out, **STEP)

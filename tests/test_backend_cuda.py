@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.backends import choice as tuning
-from proxsparse.ops import reference
+from proxsparse.backends import choice, executors, stream_memory, table
 from proxsparse.errors import ProxsparseError
+from proxsparse.ops import dispatch, reference
+from proxsparse.tuning import tune
 
-cusparselt = pytest.importorskip("proxsparse.backends.cusparselt", reason="the extension was not built")
+cusparselt = pytest.importorskip(
+    "proxsparse.backends.cusparselt", reason="the extension was not built"
+)
 backend_cuda = pytest.importorskip("proxsparse.backends.cuda", reason="the extension was not built")
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +162,7 @@ def test_the_version_with_a_known_regression_is_named() -> None:
 
 
 def test_python_and_cpp_mean_the_same_by_the_librarys_choice() -> None:
-    assert cusparselt.extension.LIBRARY_CHOICE == tuning.LIBRARY_CHOICE
+    assert cusparselt.extension.LIBRARY_CHOICE == choice.LIBRARY_CHOICE
 
 
 def enumerators(header: str) -> dict[str, int]:
@@ -387,11 +390,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty tuning table."""
     monkeypatch.setenv("PROXSPARSE_CACHE", str(tmp_path))
-    tuning.table_for.cache_clear()
-    tuning.decisions.clear()
+    table.table_for.cache_clear()
+    table.decisions.clear()
     yield
-    tuning.table_for.cache_clear()
-    tuning.decisions.clear()
+    table.table_for.cache_clear()
+    table.decisions.clear()
 
 
 class Layer:
@@ -407,11 +410,11 @@ class Layer:
         self.library = self.executor(True)
 
     def executor(
-        self, has_bias: bool, algorithm: int = tuning.LIBRARY_CHOICE
-    ) -> backend_cuda.CuSparseLt:
+        self, has_bias: bool, algorithm: int = choice.LIBRARY_CHOICE
+    ) -> executors.CuSparseLt:
         n, k = self.dense.shape
-        candidate = tuning.Candidate("cusparselt", algorithm)
-        return backend_cuda.CuSparseLt(candidate, 0, self.dense.dtype, n, k, has_bias)
+        candidate = choice.Candidate("cusparselt", algorithm)
+        return executors.CuSparseLt(candidate, 0, self.dense.dtype, n, k, has_bias)
 
     def exact(self, x: Tensor, has_bias: bool = True) -> Tensor:
         y = x.double() @ self.dense.double().T
@@ -464,7 +467,7 @@ def test_every_choice_by_the_rule_is_right(
     layer = Layer(256, 128, dtype)
     x = randn(*lead, 128, dtype=dtype)
     given = {name: getattr(layer, name) for name in forms}
-    with ops.use_backend("cuda"):
+    with dispatch.use_backend("cuda"):
         y = ops.sparse_linear(x, layer.values, layer.codes, layer.bias, **given)
     assert y.shape == (*lead, 256)
     if x.numel():
@@ -478,8 +481,8 @@ def test_layers_of_one_shape_keep_their_biases() -> None:
     x = randn(64, 1024)
     for layer in layers * 2:
         assert error(layer.run(x), layer.exact(x)) < 0.01
-    early = backend_cuda.CuSparseLt(
-        tuning.Candidate("cusparselt"), 0, torch.bfloat16, 512, 1024, True, is_bias_late=False
+    early = executors.CuSparseLt(
+        choice.Candidate("cusparselt"), 0, torch.bfloat16, 512, 1024, True, is_bias_late=False
     )
     for layer in layers * 2:
         y = early(x, layer.values, layer.codes, layer.bias, layer.compressed, None)
@@ -529,7 +532,7 @@ def test_capture_as_the_very_first_call() -> None:
     code = """
 import torch
 from proxsparse import ops
-from proxsparse.backends import choice as tuning
+from proxsparse.backends import choice
 from proxsparse.backends import cuda as backend_cuda
 w = ops.project_2to4(torch.randn(512, 512, device="cuda", dtype=torch.bfloat16))
 packed, bias = ops.pack_2to4(w), torch.randn(512, device="cuda", dtype=torch.bfloat16)
@@ -557,41 +560,43 @@ assert results[0] < 0.01
 
 def test_a_stream_keeps_the_larger_of_its_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     captures = {1: 0, 2: 0, 3: 7}
-    monkeypatch.setattr(backend_cuda, "_memories", {})
-    monkeypatch.setattr(backend_cuda, "_capture_of", captures.__getitem__)
+    monkeypatch.setattr(stream_memory, "_memories", {})
+    monkeypatch.setattr(stream_memory, "_capture_of", captures.__getitem__)
     signals = iter((10, 20))
-    monkeypatch.setattr(backend_cuda, "_take_signals", lambda _: next(signals))
-    monkeypatch.setattr(backend_cuda, "_signals_of_capture", lambda *_: 30)
+    monkeypatch.setattr(stream_memory, "_take_signals", lambda _: next(signals))
+    monkeypatch.setattr(stream_memory, "_signals_of_capture", lambda *_: 30)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
 
-    first = backend_cuda._memory(0, 1)
+    first = stream_memory.memory_of(0, 1)
     assert first == (10, None, 0, 0)
-    grown = backend_cuda._grow(first, 64, 0, 1)
+    grown = stream_memory.grow(first, 64, 0, 1)
     assert grown.signals == 10
     assert grown.size == grown.workspace.numel() == 64
     assert grown.address == grown.workspace.data_ptr()
-    assert backend_cuda._memory(0, 1) is grown
+    assert stream_memory.memory_of(0, 1) is grown
     # A thread that still has the first one makes its own, and does not replace the other's.
-    backend_cuda._grow(first, 32, 0, 1)
-    assert backend_cuda._memory(0, 1) is grown
-    assert backend_cuda._memory(0, 2) == (20, None, 0, 0)
-    captured = backend_cuda._memory(0, 3)
-    assert backend_cuda._grow(captured, 64, 0, 3).signals == 30
-    assert backend_cuda._memory(0, 3) == (30, None, 0, 0), "what is captured is kept by the graph"
+    stream_memory.grow(first, 32, 0, 1)
+    assert stream_memory.memory_of(0, 1) is grown
+    assert stream_memory.memory_of(0, 2) == (20, None, 0, 0)
+    captured = stream_memory.memory_of(0, 3)
+    assert stream_memory.grow(captured, 64, 0, 3).signals == 30
+    assert stream_memory.memory_of(0, 3) == (30, None, 0, 0), (
+        "what is captured is kept by the graph"
+    )
 
 
 def test_a_capture_that_empties_the_stock_has_it_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    memories = {(0, 1): backend_cuda._Memory(10)}
-    monkeypatch.setattr(backend_cuda, "_memories", memories)
-    monkeypatch.setattr(backend_cuda, "_stock_of_signals", {0: [30, 20]})
-    monkeypatch.setattr(backend_cuda, "_signals_of_captures", {})
-    assert backend_cuda._signals_of_capture(5, 0, 1) == 20
-    assert backend_cuda._signals_of_capture(5, 0, 1) == 20, "one capture shares them"
+    memories = {(0, 1): stream_memory._Memory(10)}
+    monkeypatch.setattr(stream_memory, "_memories", memories)
+    monkeypatch.setattr(stream_memory, "_stock_of_signals", {0: [30, 20]})
+    monkeypatch.setattr(stream_memory, "_signals_of_captures", {})
+    assert stream_memory._signals_of_capture(5, 0, 1) == 20
+    assert stream_memory._signals_of_capture(5, 0, 1) == 20, "one capture shares them"
     assert memories
-    assert backend_cuda._signals_of_capture(5, 0, 2) == 30, "but not with another stream"
+    assert stream_memory._signals_of_capture(5, 0, 2) == 30, "but not with another stream"
     assert not memories, "the next call takes signals anew, and with that fills the stock up"
-    assert backend_cuda._signals_of_capture(6, 0, 1) == 0
+    assert stream_memory._signals_of_capture(6, 0, 1) == 0
 
 
 @sparse_tc
@@ -710,11 +715,11 @@ def test_the_ops_are_what_pytorch_expects() -> None:
 @pytest.mark.usefixtures("cache")
 def test_tuning_on_this_gpu() -> None:
     """The child process measures, and what it finds runs and is never a wrong one."""
-    report = tuning.tune_layers(
+    report = tune.tune_layers(
         [(4096, 4096, True)], [1, 1024], dtype=torch.bfloat16, seconds=300, show_progress=False
     )
     assert report.num_measured == 2, report
-    record = tuning.table_for(0).get(tuning.Cell(4096, 4096, 1024, "bfloat16", True))
+    record = table.table_for(0).get(choice.Cell(4096, 4096, 1024, "bfloat16", True))
     assert {"cusparselt", "unpack"} <= set(record.top), record
     layer = Layer(4096, 4096)
     for tokens in (1, 1000, 1024):
@@ -728,15 +733,15 @@ def test_tuning_on_this_gpu() -> None:
 @sparse_tc
 def test_the_worker_answers_for_what_it_survives() -> None:
     worker = importlib.import_module("proxsparse.tuning.trials")
-    cell = tuning.Cell(512, 1024, 64, "bfloat16", True)
+    cell = choice.Cell(512, 1024, 64, "bfloat16", True)
     bench = worker.Bench(0)
     answer: Callable[..., dict] = worker.answer
     found = answer(bench, {"do": "candidates", "cell": cell})["candidates"]
-    assert tuning.Candidate("cusparselt") in found
+    assert choice.Candidate("cusparselt") in found
     request = {"do": "measure", "cell": cell, "tokens": 64, "final": True}
-    ok = answer(bench, {**request, "candidate": tuning.Candidate("unpack")})
+    ok = answer(bench, {**request, "candidate": choice.Candidate("unpack")})
     assert ok["kind"] == "ok" and ok["seconds"] > 0 and ok["speedup"] > 0, ok
-    ok = answer(bench, {**request, "candidate": tuning.Candidate("cusparselt")})
+    ok = answer(bench, {**request, "candidate": choice.Candidate("cusparselt")})
     assert ok["kind"] == "ok", ok
-    refused = answer(bench, {**request, "candidate": tuning.Candidate("cusparselt", 10**6)})
+    refused = answer(bench, {**request, "candidate": choice.Candidate("cusparselt", 10**6)})
     assert refused["kind"] == "refused" and "CUSPARSE_STATUS" in refused["detail"]

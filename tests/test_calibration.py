@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
-from proxsparse.data import calibration
-from proxsparse.data import corpus
-from proxsparse.data.calibration import load_calibration, read_text, to_blocks, tokenize_text
 from proxsparse.config import CalibrationConfig
+from proxsparse.data import corpus, self_sampling, tokenizing
+from proxsparse.data.calibration import load_calibration
+from proxsparse.data.sources import read_text
+from proxsparse.data.tokenizing import to_blocks, tokenize_text
 from proxsparse.errors import ProxsparseError
 
 # Sources from files and the Hub go through `datasets`, which GPU machines may lack.
@@ -122,7 +123,7 @@ def test_long_text_gets_the_tokens_of_one_call(make: Callable[[], Tokenizer]) ->
     wrapped, text = _wrap(make()), _prose(60_000)
     whole = wrapped(text, add_special_tokens=False, verbose=False)["input_ids"]
     assert tokenize_text(text, wrapped).tolist() == whole
-    num_pieces = len(calibration._pieces(text, wrapped))
+    num_pieces = len(tokenizing._pieces(text, wrapped))
     assert num_pieces == 1 if make is _across_words else num_pieces > 5
 
 
@@ -260,9 +261,9 @@ def test_documents_are_joined_with_the_end_of_text_token(tokenizer: Any) -> None
 
 
 def test_documents_longer_than_a_batch(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_BATCH_CHARACTERS", 64)
-    monkeypatch.setattr(calibration, "_PIECE_CHARACTERS", 32)
-    monkeypatch.setattr(calibration, "_CONTEXT_CHARACTERS", 16)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 64)
+    monkeypatch.setattr(tokenizing, "_PIECE_CHARACTERS", 32)
+    monkeypatch.setattr(tokenizing, "_CONTEXT_CHARACTERS", 16)
     texts = ["the cat", _prose(50), "sat", "on", _prose(70), "a mat"]
     assert _available(texts, tokenizer) == _ids(tokenizer, *texts)
 
@@ -447,7 +448,7 @@ def test_hub_names(
 def test_a_stream_is_read_until_there_is_enough(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_BATCH_CHARACTERS", 256)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 256)
     hub = _Hub(lambda: ({"text": f"the cat {i}"} for i in itertools.count()))
     monkeypatch.setattr(datasets, "load_dataset", hub)
     result = load_calibration("c4", tokenizer, _config(), 10)
@@ -461,7 +462,7 @@ def test_rows_of_wikitext_are_lines(tokenizer: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(datasets, "load_dataset", _Hub(lambda: ({"text": t} for t in lines)))
     text = " \n = The cat = \n \n The cat sat . \n On a mat . \n"
     assert _available("wikitext2", tokenizer) == _ids(tokenizer, text)
-    monkeypatch.setattr(calibration, "_BATCH_CHARACTERS", 8)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 8)
     result = load_calibration("wikitext2", tokenizer, _config(max_seq_length=8), 2)
     assert result.num_available_tokens > 16
     assert tokenizer.eos_token_id not in result.tokens
@@ -604,7 +605,7 @@ def test_self_samples_from_the_model(name: str, tiny_model: Callable[[str], Any]
 def test_self_in_batches_is_reproducible(
     tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_SAMPLING_TOKENS", 32)
+    monkeypatch.setattr(self_sampling, "_SAMPLING_TOKENS", 32)
     model = tiny_model("llama")
     first, again = (load_calibration("self", None, _config(), 5, model) for _ in range(2))
     assert first.tokens.shape == (5, 16)

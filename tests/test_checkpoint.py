@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.errors import ProxsparseError
+from proxsparse.learning.checkpoint import Checkpoints
 
 
 def state(step: int) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 
-from proxsparse import ops
-from proxsparse import sparsify_
+from proxsparse import ops, sparsify_
 from proxsparse.inference.compiler import GroupProducts, compile_grouped
 from proxsparse.inference.sparse_linear import SparseLinear
 from proxsparse.models.targets import find_targets

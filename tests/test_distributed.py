@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.masks import Masks
 from proxsparse.jobs.prune import prune
+from proxsparse.models.masks import Masks
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 SETTINGS: dict[str, Any] = {

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
-from proxsparse.ops import gate_project_, gate_update_, implementation, use_backend
+from proxsparse.ops import gate_project_, gate_update_, reference
+from proxsparse.ops.dispatch import implementation, use_backend
 
 BACKENDS = ["reference", "cpu", pytest.param("triton", marks=pytest.mark.gpu)]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.ops import gate_update_, implementation, use_backend
+from proxsparse.ops import gate_update_
+from proxsparse.ops.dispatch import implementation, use_backend
 from proxsparse.ops.reference import mask_2to4, prox_2to4
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 5e-6}

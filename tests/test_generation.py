@@ -13,19 +13,15 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-from proxsparse import ProxsparseError, sparsify_
-from proxsparse import ops
-from proxsparse.inference.decoding import (
+from proxsparse import ProxsparseError, ops, sparsify_
+from proxsparse.inference.attention import (
     _STEP_ATTENTION,
-    Decoder,
-    NoStaticCache,
-    _argmax,
-    _configs_to_regroup,
     _grouped_attention,
-    _regrouped,
-    decode_greedily,
-    generate,
+    configs_to_regroup,
+    regrouped,
 )
+from proxsparse.inference.decoding import Decoder, NoStaticCache, _argmax, decode_greedily
+from proxsparse.jobs.generate import generate
 from proxsparse.models.targets import find_targets
 
 TinyModel = Callable[[str], Any]
@@ -327,9 +323,9 @@ def test_each_config_keeps_its_own_attention() -> None:
     model = nn.Module()
     model.config, model.part = config, nn.Module()
     model.part.config, model._supports_attention_backend = config.text_config, True
-    found = _configs_to_regroup(model)
+    found = configs_to_regroup(model)
     assert found[0] is config and {id(x) for x in found} == {id(x) for x in parts}
-    with pytest.raises(ValueError), _regrouped(found):
+    with pytest.raises(ValueError), regrouped(found):
         names = [part._attn_implementation for part in parts]
         assert names == [_STEP_ATTENTION, _STEP_ATTENTION, "eager"]
         raise ValueError
@@ -340,14 +336,14 @@ def test_attention_that_is_not_transformers_own_stays(lively: TinyModel, monkeyp
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
     model = lively("llama")
-    assert _configs_to_regroup(model) == [model.config]
+    assert configs_to_regroup(model) == [model.config]
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with monkeypatch.context() as patch:
         patch.setattr(model, "_supports_attention_backend", False, raising=False)
-        assert not _configs_to_regroup(model)
+        assert not configs_to_regroup(model)
     try:
         AttentionInterface.register("sdpa", lambda *given, **named: plain(*given, **named))
-        assert not _configs_to_regroup(model)
+        assert not configs_to_regroup(model)
     finally:
         AttentionInterface.register("sdpa", plain)
 

@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from proxsparse import ProxsparseError, SparseLinear, densify_, sparsify_
-from proxsparse import ops
+from proxsparse import ProxsparseError, SparseLinear, densify_, ops, sparsify_
 from proxsparse.models.targets import find_targets
 
 TinyModel = Callable[[str], Any]

@@ -1,7 +1,7 @@
-"""Who may import whom, read from the sources; and what importing the package costs.
+"""Which room may import which, read from the sources; and what importing the package costs.
 
-The kernels know nothing of the package, the reference knows torch only, everything reaches the
-backends through `ops`, and nothing imports the command line.
+The kernels know nothing of the package, the reference knows torch only, models, learning and
+inference reach the backends through `ops`, and nothing imports the command line.
 """
 
 from __future__ import annotations
@@ -28,30 +28,34 @@ FILES |= {
 MODULES = [name for name in FILES if not name.startswith("proxsparse.kernels")]
 KERNEL_MODULES = [name for name in FILES if name.startswith("proxsparse.kernels")]
 EXTENSIONS = ("proxsparse._cpu", "proxsparse._cuda")
-# A module imports from its own line and those above it.
-LAYERS = (
-    # The package's own file knows its members by name only.
-    ("_cpu", "_cuda", "kernels", "registration", "proxsparse"),
-    ("errors", "config", "reference", "ops", "backend_cpu", "plots", "cusparselt"),
-    ("tuning",),
-    ("backend_cuda",),
-    ("tuning_worker",),
-    ("sparse_linear", "compiler"),
-    ("targets", "precision", "corpus"),
-    ("distributed",),
-    ("checkpoint",),
-    ("masks", "observe", "calibration", "loading", "streaming", "step_graph"),
-    ("hf", "patch"),
-    ("evaluate", "layerwise", "memory"),
-    ("learn",),
-    ("methods",),
-    ("recipe",),
-    ("pruning", "inspection"),
-    ("packing", "advice", "generation"),
-    ("demo", "environment"),
-    ("cli",),
-    ("__main__",),
-)
+# Room -> what its files may import of ours: other rooms, or single files of them. Extensions and
+# kernels are named where they are reached; `ops` reaches its backends by name, in dispatch.py.
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "ops": {"errors"},
+    "backends": {"errors", "ops.reference", "_cpu", "_cuda"},
+    "tuning": {"errors", "backends", "ops"},
+    "models": {"errors", "config", "ops"},
+    "data": {"errors", "config", "models.precision"},
+    "learning": {"errors", "config", "ops", "models"},
+    "methods": {"errors", "config", "ops", "models", "learning"},
+    "inference": {"errors", "config", "ops", "models"},
+    "jobs": {
+        *("errors", "config", "ops", "backends", "tuning", "models", "data", "learning"),
+        *("methods", "inference"),
+    },
+    "demo_model": set(),
+    "cli": {"errors", "config", "jobs"},
+    "__main__": {"cli"},
+    "proxsparse": {"inference.registration"},  # everything else by name, on first use
+}
+MAX_LINES = 500
+LONG_FILES = {
+    "ops.reference",
+    "ops",
+    "cli",
+}  # a definition, a list of checked functions, a list of commands
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -98,7 +102,11 @@ def third_party(names: set[str]) -> set[str]:
     return top - set(sys.stdlib_module_names) - {"proxsparse", "__future__"}
 
 
-def test_the_table_covers_the_package() -> None:
+def room_of(module: str) -> str:
+    return module.removeprefix("proxsparse.").split(".")[0]
+
+
+def test_the_files_are_found() -> None:
     expected = {"proxsparse", "proxsparse.ops", "proxsparse.methods.gates", "proxsparse.kernels"}
     assert expected <= set(FILES)
 
@@ -118,30 +126,67 @@ def test_the_kernels_package_is_a_docstring() -> None:
     assert isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_what_they_may(module: str) -> None:
+    """A new file needs no row, a new room does."""
+    room = room_of(module)
+    assert room in ROOMS, f"{room} is new: say in ROOMS what it may import"
+    allowed = ROOMS[room] | {room}
+    foreign = {
+        name
+        for name in first_party(imports(module))
+        if name != "proxsparse"  # for its version
+        and not any(name == may or name.startswith(f"{may}.") for may in allowed)
+    }
+    assert not foreign
+
+
+def test_no_import_comes_back_to_where_it_began() -> None:
+    """Neither between files, nor when it is made later, inside a function."""
+    graph = {
+        name: {
+            other
+            for other in imports(name)
+            # A package's own file is run before its members, which need it for its name only.
+            if other in FILES and not name.startswith(f"{other}.")
+        }
+        for name in MODULES
+    }
+    state: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert state.get(name) != 1, " -> ".join((*path[path.index(name) :], name))
+        if name in state:
+            return
+        state[name] = 1
+        for other in sorted(graph.get(name, ())):
+            visit(other, (*path, name))
+        state[name] = 2
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_are_short(module: str) -> None:
+    lines = FILES[module].read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_LINES or module.removeprefix("proxsparse.") in LONG_FILES
+
+
 def test_reference_imports_torch_and_nothing_of_ours() -> None:
     names = imports("proxsparse.ops.reference")
     assert third_party(names) == {"torch"}
     assert not first_party(names)
 
 
-def test_ops_imports_reference_and_errors() -> None:
-    names = imports("proxsparse.ops")
-    assert third_party(names) == {"torch"}
-    assert first_party(names) == {"reference", "errors"}
-
-
-def test_the_cpu_backend_joins_the_extension_to_torch_and_no_more() -> None:
-    names = imports("proxsparse.backends.cpu")
-    assert third_party(names) == {"torch"}
-    assert first_party(names) == {"_cpu"}
-
-
-def test_the_cuda_backend_knows_its_library_and_what_to_run() -> None:
-    names = imports("proxsparse.backends.cuda")
-    assert third_party(names) == {"torch"}
-    assert first_party(names) == {"cusparselt", "errors", "reference", "tuning"}
-    assert first_party(imports("proxsparse.backends.cusparselt")) == {"_cuda", "errors"}
-    assert first_party(imports("proxsparse.backends.choice")) == {"cusparselt", "errors"}
+@pytest.mark.parametrize("module", MODULES)
+def test_extensions_and_kernels_have_one_door_each(module: str) -> None:
+    allowed = {"proxsparse.backends.cpu": {"_cpu"}, "proxsparse.backends.cusparselt": {"_cuda"}}
+    names = {name.split(".")[0] for name in first_party(imports(module))}
+    assert names & {"kernels", "_cpu", "_cuda"} == allowed.get(module, set())
+    assert "triton" not in third_party(imports(module))
+    if room_of(module) in ("ops", "backends"):
+        assert third_party(imports(module)) <= {"torch", "cuda"}  # cuda: NVIDIA's path finder
 
 
 @pytest.mark.parametrize("module", ["proxsparse.errors", "proxsparse.config"])
@@ -152,36 +197,14 @@ def test_configs_and_errors_need_no_library(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_backends_are_reached_through_ops_only(module: str) -> None:
-    names = {name.split(".")[0] for name in first_party(imports(module))}
-    allowed = {
-        "proxsparse.backends.cpu": {"_cpu"},
-        "proxsparse.backends.cusparselt": {"_cuda"},
-        "proxsparse.tuning.trials": {"backend_cuda"},  # measures what ops would not choose
-    }.get(module, set())
-    assert names & {"kernels", "_cpu", "_cuda", "backend_cpu", "backend_cuda"} == allowed
-    assert "triton" not in third_party(imports(module))
-
-
-@pytest.mark.parametrize("module", MODULES)
 def test_nobody_imports_the_command_line(module: str) -> None:
     if module != "proxsparse.__main__":
         assert "cli" not in first_party(imports(module))
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_layers_do_not_reach_up(module: str) -> None:
-    """masks below learn and layerwise, they below methods, those below the job and the commands."""
-    height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    own = module.removeprefix("proxsparse.").split(".")[0]
-    assert own in height, f"{module} is new: give it a place in LAYERS"
-    used = {name.split(".")[0] for name in first_party(imports(module))}
-    assert not {name for name in used if height[name] > height[own]}
-
-
-@pytest.mark.parametrize("module", MODULES)
 def test_heavy_libraries_are_imported_when_needed(module: str) -> None:
-    if module == "proxsparse.inference.quantizer":  # subclasses what is in transformers; imported when that is
+    if module == "proxsparse.inference.quantizer":  # made of what is in transformers
         return
     heavy = {"transformers", "datasets", "matplotlib", "pyarrow", "lm_eval", "accelerate"}
     assert not third_party(imports(module, lazy=False)) & heavy
@@ -218,7 +241,7 @@ def test_import_loads_no_library_and_prints_nothing() -> None:
 def test_ops_load_neither_a_model_library_nor_a_backend() -> None:
     done = run_python(
         "import sys, proxsparse.ops\n"
-        "backends = {'_cpu', '_cuda', 'backend_cpu', 'backend_cuda', 'kernels'}\n"
+        "backends = {'_cpu', '_cuda', 'backends', 'kernels'}\n"
         "backends = {f'proxsparse.{name}' for name in backends}\n"
         "assert not backends & set(sys.modules)\n" + LOADED
     )

@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse import ProxsparseError, apply_masks_, densify_, keep_masks_, masks_of, sparsify_
-from proxsparse import ops
+from proxsparse import (
+    ProxsparseError,
+    apply_masks_,
+    densify_,
+    keep_masks_,
+    masks_of,
+    ops,
+    sparsify_,
+)
 from proxsparse.models.targets import find_targets
 
 OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -9,8 +9,8 @@ import torch
 
 from proxsparse.learning.layerwise import Gram, InputNorm, collect_input_norms, prune_block_by_block
 from proxsparse.models.observe import observe_inputs
-from proxsparse.ops import project_2to4
 from proxsparse.models.targets import find_targets
+from proxsparse.ops import project_2to4
 
 
 def tokens() -> torch.Tensor:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse.learning import loop as learning
-from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.config import LearnConfig
 from proxsparse.errors import Interrupted, ProxsparseError
-from proxsparse.learning.loop import Job
+from proxsparse.learning import loop as learning
+from proxsparse.learning.checkpoint import Checkpoints
+from proxsparse.learning.job import Job
 from proxsparse.methods import METHODS
 from proxsparse.models.targets import find_targets
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.ops import implementation, mask_2to4, use_backend
+from proxsparse.ops import mask_2to4
+from proxsparse.ops.dispatch import implementation, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

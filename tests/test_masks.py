@@ -14,9 +14,9 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.masks import FORMAT, Masks, apply_masks_, layer_report, model_fingerprint
+from proxsparse.models.targets import find_targets
 from proxsparse.ops import mask_2to4
 from proxsparse.ops.reference import mask_to_codes
-from proxsparse.models.targets import find_targets
 
 SHAPES = {"one": (1, 4), "odd": (3, 20), "large": (64, 132), "experts": (3, 5, 12)}
 METADATA = {"base_model": "some/model", "method": "gates", "settings": '{"lr": 0.1}'}

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse.jobs import prune as pruning
-from proxsparse.learning import memory
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.loading import build_model
+from proxsparse.jobs import prune as pruning
+from proxsparse.jobs.prune import learn_masks, prune
+from proxsparse.learning import memory
 from proxsparse.learning.memory import choose_memory, estimate_memory
 from proxsparse.methods import METHODS
-from proxsparse.jobs.prune import learn_masks, prune
+from proxsparse.models.loading import build_model
 from proxsparse.models.targets import find_targets
 
 GATES, CPU = METHODS["gates"].memory, torch.device("cpu")

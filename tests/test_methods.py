@@ -9,13 +9,13 @@ import torch
 
 from proxsparse.config import LearnConfig, SparseGPTConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.learning.loop import Job
-from proxsparse.models.masks import apply_masks_
+from proxsparse.learning.job import Job
 from proxsparse.methods import METHODS, get_method
 from proxsparse.methods.sparsegpt import _prune_matrix
+from proxsparse.models.masks import apply_masks_
 from proxsparse.models.observe import observe_inputs
-from proxsparse.ops import mask_2to4
 from proxsparse.models.targets import find_targets
+from proxsparse.ops import mask_2to4
 
 
 def make_job(model: Any, method: str, options: Any = None) -> Job:

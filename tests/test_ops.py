@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
+from proxsparse.ops import dispatch, reference, schemas
 
 # Values that ranking and zeroing must treat alike everywhere.
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-40, 2.0, -2.0)
@@ -25,7 +25,7 @@ SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-40, 2.0, -2.0
     params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.gpu)],
 )
 def backend(request: pytest.FixtureRequest) -> str:
-    found = ops.implementation("prox_2to4", request.param)
+    found = dispatch.implementation("prox_2to4", request.param)
     if isinstance(found, str):
         pytest.skip(found)
     name: str = request.param
@@ -35,10 +35,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def fresh_caches() -> Iterator[None]:
     """Lets a test see the first look-up of an implementation, and the first log of a reason."""
-    for cached in (ops.implementation, ops._log_once):
+    for cached in (dispatch.implementation, dispatch._log_once):
         cached.cache_clear()
     yield
-    for cached in (ops.implementation, ops._log_once):
+    for cached in (dispatch.implementation, dispatch._log_once):
         cached.cache_clear()
 
 
@@ -83,7 +83,7 @@ def schema_args(op: str, device: str = "cpu", shape: tuple[int, ...] = (6, 20)) 
 
 PRODUCTS = {"sparse_linear", "sparse_linear_decode", "sparse_linear_group"}
 # compress_2to4 makes a form that only a library defines; tests/test_backend_cuda.py has its tests.
-PORTABLE = tuple(op for op in ops.OPS if op != "compress_2to4")
+PORTABLE = tuple(op for op in schemas.OPS if op != "compress_2to4")
 
 
 def outcome(op: str, args: tuple[Any, ...]) -> list[Tensor]:
@@ -96,12 +96,12 @@ def outcome(op: str, args: tuple[Any, ...]) -> list[Tensor]:
 
 def expect_to_lack(op: str, backend: str) -> None:
     """Not every backend has every op, and those it should have are tested by name: no skip."""
-    if ops.implementation(op, backend) == f"{backend} has no {op}":
+    if dispatch.implementation(op, backend) == f"{backend} has no {op}":
         pytest.xfail(f"{backend} has no {op}")
 
 
 def test_every_backend_has_the_ops_it_should(backend: str) -> None:
-    lacking = {op for op in ops.OPS if isinstance(ops.implementation(op, backend), str)}
+    lacking = {op for op in schemas.OPS if isinstance(dispatch.implementation(op, backend), str)}
     expected = {
         "reference": {"compress_2to4"},
         "cpu": {"compress_2to4", *PRODUCTS},
@@ -114,9 +114,9 @@ def test_every_backend_has_the_ops_it_should(backend: str) -> None:
 def test_every_backend_agrees_with_the_reference(backend: str, op: str) -> None:
     expect_to_lack(op, backend)
     args = schema_args(op, device_of(backend))
-    with ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         expected = outcome(op, args)
-    with ops.use_backend(backend):
+    with dispatch.use_backend(backend):
         actual = outcome(op, args)
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
@@ -129,7 +129,7 @@ def test_exact_ops_agree_bitwise_on_special_values(backend: str, dtype: torch.dt
     groups = torch.cartesian_prod(*[torch.tensor(SPECIAL)] * 4).to(device_of(backend), dtype)
     results: list[list[Tensor]] = []
     for name in ("reference", backend):
-        with ops.use_backend(name):
+        with dispatch.use_backend(name):
             mask, projected = ops.mask_2to4(groups), ops.project_2to4(groups)
             values, codes = ops.pack_2to4(projected)
             results.append([mask, projected, values, codes, ops.unpack_2to4(values, codes)])
@@ -198,14 +198,14 @@ def test_the_table_of_ops_is_what_is_registered() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("proxsparse::")
     }
-    assert registered == set(ops.OPS)
+    assert registered == set(schemas.OPS)
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", schemas.OPS)
 def test_every_implementation_takes_the_arguments_of_the_schema(op: str, backend: str) -> None:
     expect_to_lack(op, backend)
     schema = getattr(torch.ops.proxsparse, op).default._schema
-    function = ops.implementation(op, backend)
+    function = dispatch.implementation(op, backend)
     assert not isinstance(function, str), function
     names = [argument.name for argument in schema.arguments]
     assert list(inspect.signature(function).parameters)[: len(names)] == names
@@ -220,7 +220,7 @@ def test_every_implementation_takes_the_arguments_of_the_schema(op: str, backend
     ],
 )
 def test_unknown_backend(name: str, message: str) -> None:
-    with pytest.raises(ProxsparseError, match=message), ops.use_backend(name):
+    with pytest.raises(ProxsparseError, match=message), dispatch.use_backend(name):
         pass
 
 
@@ -235,14 +235,14 @@ def test_unknown_backend(name: str, message: str) -> None:
 )
 def test_a_backend_asked_for_never_falls_back(name: str, w: Tensor, reason: str) -> None:
     message = f"backend '{name}' was asked for, but cannot run mask_2to4: {reason}"
-    with ops.use_backend(name), pytest.raises(ProxsparseError, match=message):
-        ops._choose("mask_2to4", w)
+    with dispatch.use_backend(name), pytest.raises(ProxsparseError, match=message):
+        dispatch.choose("mask_2to4", w)
 
 
 def test_use_backend_nests_and_ends_with_its_block() -> None:
-    with contextlib.suppress(RuntimeError), ops.use_backend("triton"):
-        with ops.use_backend("reference"):
-            assert ops._choose("mask_2to4", W) is reference.mask_2to4
+    with contextlib.suppress(RuntimeError), dispatch.use_backend("triton"):
+        with dispatch.use_backend("reference"):
+            assert dispatch.choose("mask_2to4", W) is reference.mask_2to4
         raise RuntimeError
     ops.mask_2to4(W)  # triton would refuse
 
@@ -250,7 +250,7 @@ def test_use_backend_nests_and_ends_with_its_block() -> None:
 def test_automatic_choice_takes_the_fast_backend(backend: str) -> None:
     if backend != "reference":
         w = W.to(device_of(backend))
-        assert ops._choose("mask_2to4", w) is ops.implementation("mask_2to4", backend)
+        assert dispatch.choose("mask_2to4", w) is dispatch.implementation("mask_2to4", backend)
 
 
 @pytest.mark.usefixtures("fresh_caches")
@@ -277,11 +277,11 @@ def test_without_the_extension_the_reference_runs_and_says_why(
     message = "mask_2to4 runs on the reference backend: no compiler was found"
     assert [record.getMessage() for record in caplog.records] == [message]
     forced = "backend 'cpu' was asked for, but cannot run mask_2to4: no compiler was found"
-    with ops.use_backend("cpu"), pytest.raises(ProxsparseError, match=forced):
+    with dispatch.use_backend("cpu"), pytest.raises(ProxsparseError, match=forced):
         ops.mask_2to4(W)
 
 
 @pytest.mark.usefixtures("fresh_caches")
 def test_an_op_that_a_backend_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.import_module", lambda name: contextlib)
-    assert ops.implementation("mask_2to4", "cpu") == "cpu has no mask_2to4"
+    assert dispatch.implementation("mask_2to4", "cpu") == "cpu has no mask_2to4"

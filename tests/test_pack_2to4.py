@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
-from proxsparse.ops import (
-    implementation,
-    mask_2to4,
-    pack_2to4,
-    project_2to4,
-    unpack_2to4,
-    use_backend,
-)
+from proxsparse.ops import mask_2to4, pack_2to4, project_2to4, reference, unpack_2to4
+from proxsparse.ops.dispatch import implementation, use_backend
 from proxsparse.ops.reference import codes_to_mask, mask_to_codes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

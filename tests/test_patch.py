@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from proxsparse import ProxsparseError, SparseLinear, densify_, sparsify_
-from proxsparse import ops
+from proxsparse import ProxsparseError, SparseLinear, densify_, ops, sparsify_
 from proxsparse.models.targets import find_targets
 
 TinyModel = Callable[[str], Any]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.ops import implementation, is_2to4, mask_2to4, project_2to4, use_backend
+from proxsparse.ops import is_2to4, mask_2to4, project_2to4
+from proxsparse.ops.dispatch import implementation, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

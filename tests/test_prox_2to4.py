@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
-from proxsparse.ops import implementation, project_2to4, prox_2to4, use_backend
+from proxsparse.ops import project_2to4, prox_2to4, reference
+from proxsparse.ops.dispatch import implementation, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAMBDAS = tuple(10 ** (-4 + 5 * i / 24) for i in range(25))  # 1e-4 ... 10, for groups of sigma 1

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
-from proxsparse.ops import implementation, prox_2to4, prox_adamw_, use_backend
+from proxsparse.ops import prox_2to4, prox_adamw_, reference
+from proxsparse.ops.dispatch import implementation, use_backend
 
 # Of one update, relative to the size of the weights: fused kernels use approximate reciprocals.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}

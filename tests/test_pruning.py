@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import proxsparse
 from proxsparse import Masks, ProxsparseError
-from proxsparse.jobs.prune import apply, output_directory
+from proxsparse.jobs.output import output_directory
+from proxsparse.jobs.prune import apply
 
 DEMO = Path(proxsparse.__file__).parent / "demo_model"
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 2, "max_seq_length": 32, "checkpoint_every": 2}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
+from proxsparse.backends import executors, stream_memory
 from proxsparse.ops import reference
 
 # A device, the shared memory of its blocks and its major compute capability.
@@ -269,12 +270,12 @@ def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPat
     backend = pytest.importorskip("proxsparse.backends.cuda", reason="the extension was not built")
     if not backend._cuda.has_decode:
         pytest.skip("the extension was built without its CUDA kernels")
-    monkeypatch.setattr(backend, "_stream", lambda _: 0)
+    monkeypatch.setattr(stream_memory, "current_stream", lambda _: 0)
     x, _, values, codes = make(3, 48, 96, torch.bfloat16)
     _, _, *others = make(3, 80, 96, torch.bfloat16)
     said = r"W \[48, 96\]{} and 3 tokens: in_features must be a multiple of 64"
     with pytest.raises(RuntimeError, match=said.format("")):
-        backend.Decode((0, 0, 0), 0, torch.bfloat16, 48, 96)(x, values, codes, None)
+        executors.Decode((0, 0, 0), 0, torch.bfloat16, 48, 96)(x, values, codes, None)
     with pytest.raises(RuntimeError, match=said.format(r", \[80, 96\]")):
         backend._decode_together(x, [(values, codes, None), (*others, None)])
 
@@ -284,8 +285,8 @@ def test_a_weight_is_read_early_only_where_it_lies(monkeypatch: pytest.MonkeyPat
     early = []
     fake = SimpleNamespace(Decode=lambda *_: lambda *operands: early.append(operands[-2]))
     monkeypatch.setattr(backend, "_cuda", fake)
-    monkeypatch.setattr(backend, "_stream", lambda _: 0)
-    run = backend.Decode((0, 0, 0), 0, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(stream_memory, "current_stream", lambda _: 0)
+    run = executors.Decode((0, 0, 0), 0, torch.bfloat16, 64, 64)
     monkeypatch.setattr(backend, "find_run", lambda *_: run)
     x, w, values, codes = make(3, 64, 64, torch.bfloat16)
     shifted = torch.empty(values.numel() + 1, dtype=values.dtype)[1:].view_as(values)
@@ -317,10 +318,10 @@ def test_every_layout_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
         x, w, values, codes = (t.cuda() for t in make(m, n, k, dtype))
         bias = torch.randint(-9, 10, (n,), device="cuda").to(dtype)
         expected = exact(x, w, bias)
-        for layout in ((0, 0, 0), *backend.DECODE_LAYOUTS):
+        for layout in ((0, 0, 0), *executors.DECODE_LAYOUTS):
             if layout[2] > 1 and torch.cuda.get_device_capability() < (9, 0):
                 continue
-            run = backend.Decode(layout, 0, dtype, n, k)
+            run = executors.Decode(layout, 0, dtype, n, k)
             torch.full((m, n), torch.nan, dtype=dtype, device="cuda")  # poisons what run reuses
             assert torch.equal(run(x, values, codes, bias), expected), layout
 

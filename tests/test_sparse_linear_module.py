@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from proxsparse import ProxsparseError, SparseLinear
-from proxsparse import ops
+from proxsparse import ProxsparseError, SparseLinear, ops
 
 SHAPES = [(6, 16), (1, 4), (3, 20), (48, 32)]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
+from proxsparse.backends import executors, stream_memory
 from proxsparse.ops import reference
 
 LAYOUTS = [
@@ -229,8 +230,8 @@ def backend() -> Any:
 def test_every_layout_on_a_gpu(backend: Any, n: int, k: int, m: int, dtype: torch.dtype) -> None:
     x, w, values, codes, bias = (t.cuda() for t in make(m, n, k, dtype))
     expected = exact(x, w, bias)
-    for layout in ((0, 0, 0), *backend.PREFILL_LAYOUTS):
-        run = backend.Prefill(layout, 0, dtype, n, k)
+    for layout in ((0, 0, 0), *executors.PREFILL_LAYOUTS):
+        run = executors.Prefill(layout, 0, dtype, n, k)
         torch.full((m, n), torch.nan, dtype=dtype, device="cuda")  # poisons what run reuses
         for _ in range(3):
             assert torch.equal(run(x, values, codes, bias), expected), layout
@@ -240,12 +241,12 @@ def test_every_layout_on_a_gpu(backend: Any, n: int, k: int, m: int, dtype: torc
 def test_graphs_that_run_at_once_share_no_signals(backend: Any) -> None:
     n = k = 4096
     _, w, values, codes, _ = (t.cuda() for t in make(8, n, k))
-    run = backend.Prefill(SHARING, 0, torch.bfloat16, n, k)
+    run = executors.Prefill(SHARING, 0, torch.bfloat16, n, k)
     inputs = [torch.randint(-3, 4, (512, k), device="cuda").bfloat16() for _ in range(3)]
     expected = [exact(x, w) for x in inputs]
-    backend._memories.clear()
+    stream_memory._memories.clear()
     run(inputs[0], values, codes, None)
-    assert backend._memories[0, 0].workspace is not None, "the layout shares no tiles"
+    assert stream_memory._memories[0, 0].workspace is not None, "the layout shares no tiles"
     streams, graphs, results = [], [], []
     for x in inputs[:2]:
         streams.append(torch.cuda.Stream())
@@ -268,24 +269,24 @@ def test_a_graph_that_finds_no_signals_shares_no_tiles(
     backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, w, values, codes, _ = (t.cuda() for t in make(512, 4096, 4096))
-    run = backend.Prefill(SHARING, 0, torch.bfloat16, 4096, 4096)
-    backend._memories.clear()
+    run = executors.Prefill(SHARING, 0, torch.bfloat16, 4096, 4096)
+    stream_memory._memories.clear()
     run(x, values, codes, None)
-    assert backend._memories[0, 0].workspace is not None, "the layout shares no tiles"
-    monkeypatch.setitem(backend._stock_of_signals, 0, [])
+    assert stream_memory._memories[0, 0].workspace is not None, "the layout shares no tiles"
+    monkeypatch.setitem(stream_memory._stock_of_signals, 0, [])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run(x, values, codes, None)
     graph.replay()
     assert torch.equal(result, exact(x, w))
     assert torch.equal(run(x, values, codes, None), exact(x, w))
-    assert backend._stock_of_signals[0], "the next call outside a capture fills the stock up"
+    assert stream_memory._stock_of_signals[0], "the next call outside a capture fills the stock up"
 
 
 @pytest.mark.sparse_tc
 def test_where_nothing_was_measured_it_runs_instead_of_unpacking(backend: Any) -> None:
     x, w, values, codes, bias = (t.cuda() for t in make(128, 512, 640))
     run = backend.find_run(x, values, codes, bias, None, None)
-    assert isinstance(run, backend.Prefill)
+    assert isinstance(run, executors.Prefill)
     y = ops.sparse_linear(x.view(2, 64, 640), values, codes, bias)
     assert torch.equal(y.view(128, 512), exact(x, w, bias))

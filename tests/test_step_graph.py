@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from proxsparse.learning import loop as learning
 from proxsparse import ops
-from proxsparse.learning import step_graph
-from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.config import LearnConfig
 from proxsparse.errors import Interrupted
-from proxsparse.learning.loop import Job
+from proxsparse.learning import loop as learning
+from proxsparse.learning import step_graph
+from proxsparse.learning.checkpoint import Checkpoints
+from proxsparse.learning.job import Job
 from proxsparse.methods import METHODS
 from proxsparse.models.targets import find_targets
+from proxsparse.ops import dispatch
 
 LEARNED = [m.name for m in METHODS.values() if m.learned]
 EAGER = step_graph._EAGER_STEPS
@@ -246,14 +247,14 @@ def test_a_step_is_a_graph_only_on_one_gpu_and_in_fast_mode(
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32])
 def test_tensors_are_as_good_as_floats(backend: str, kind: torch.dtype) -> None:
-    if isinstance(found := ops.implementation("gate_update_", backend), str):
+    if isinstance(found := dispatch.implementation("gate_update_", backend), str):
         pytest.skip(found)
     w0, grad, norm = torch.randn(4, 16), torch.randn(4, 16), torch.rand(16)
     numbers = {"step": 3.0, "lr": 0.125, "lam": 0.0625, "grad_scale": 0.5}
 
     def updated(scalars: Any) -> list[Tensor]:
         states = [torch.full((4, 16), x) for x in (0.5, 0.1, 0.2, 0.3, 0.1, 0.2)]
-        with ops.use_backend(backend):
+        with dispatch.use_backend(backend):
             ops.gate_update_(states[0], grad, w0, *states[1:3], norm, **scalars)
             ops.prox_adamw_(states[3], grad, *states[4:], **scalars)
         return states

@@ -8,19 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxsparse.learning import loop as learning
-from proxsparse.learning import streaming
 from proxsparse.config import LearnConfig, TargetConfig
-from proxsparse.jobs.evaluate import next_token_loss
+from proxsparse.learning import loop as learning
+from proxsparse.learning import loss
+from proxsparse.learning.job import Job
 from proxsparse.learning.layerwise import collect_input_norms
-from proxsparse.learning.loop import Job, learn
+from proxsparse.learning.loop import learn
+from proxsparse.learning.loss import can_chunk, chunked_next_token_loss, next_token_loss
+from proxsparse.learning.streaming import consuming_gradients, weights_on_demand
 from proxsparse.methods.gates import _Gates
-from proxsparse.learning.streaming import (
-    can_chunk,
-    chunked_next_token_loss,
-    consuming_gradients,
-    weights_on_demand,
-)
 from proxsparse.models.targets import find_targets
 
 KINDS = ["llama", "gpt2", "qwen3_moe", "gpt_oss", "mixtral", "gemma2", "opt"]
@@ -110,7 +106,7 @@ def test_an_error_in_a_block_leaves_the_weights(tiny_model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "qwen3_moe"])
 def test_chunked_loss_equals_the_whole_one(tiny_model: Any, name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(streaming, "LOGITS_AT_ONCE", 96 * 7)  # pieces of 7 tokens, and a rest
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 96 * 7)  # pieces of 7 tokens, and a rest
     model = tiny_model(name)
     largest = []
     handle = model.get_output_embeddings().register_forward_hook(
@@ -119,9 +115,9 @@ def test_chunked_loss_equals_the_whole_one(tiny_model: Any, name: str, monkeypat
     assert can_chunk(model, TOKENS)
     largest.clear()
     gradients = []
-    for loss in (next_token_loss, chunked_next_token_loss):
+    for compute in (next_token_loss, chunked_next_token_loss):
         model.zero_grad()
-        value = loss(model, TOKENS)
+        value = compute(model, TOKENS)
         value.backward()
         gradients.append((value.detach(), *(p.grad for p in model.parameters())))
         if loss is next_token_loss:

@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxsparse.backends import choice as tuning
+from proxsparse.backends import choice
+from proxsparse.backends import table as tables
+from proxsparse.backends.choice import BUCKETS, Candidate, Cell, Record, Timing
+from proxsparse.backends.table import Table
 from proxsparse.errors import ProxsparseError
-from proxsparse.backends.choice import BUCKETS, Candidate, Cell, ChildWorker, Outcome, Record, Table, Timing
+from proxsparse.tuning import search
+from proxsparse.tuning import tune as tuning
+from proxsparse.tuning.child_process import ChildWorker
+from proxsparse.tuning.search import Outcome
 
 CELL = Cell(4096, 4096, 1024, "bfloat16", False)
 ALL = ("dense", "cusparselt", "unpack")
@@ -75,7 +81,7 @@ def at_top(top: float, below: float) -> Callable[[int, bool], float]:
     return lambda tokens, _: top if tokens == CELL.bucket else below
 
 
-def tune(worker: tuning.Worker, *cells: Cell, into: Table | None = None) -> tuning.Report:
+def tune(worker: search.Worker, *cells: Cell, into: Table | None = None) -> tuning.Report:
     into = table() if into is None else into
     return tuning.tune(into, cells or (CELL,), worker, seconds=60, show_progress=False)
 
@@ -87,15 +93,15 @@ def test_buckets_are_ranges_without_gaps() -> None:
     assert list(BUCKETS) == sorted(set(BUCKETS))
     assert all(bucket == 1 or bucket % 8 == 0 for bucket in BUCKETS)
     for tokens in range(1, BUCKETS[-1] + 1, 7):
-        cell = CELL._replace(bucket=tuning.find_bucket(tokens))
+        cell = CELL._replace(bucket=choice.find_bucket(tokens))
         assert cell.lowest <= tokens <= cell.bucket
-    assert tuning.find_bucket(10**6) == BUCKETS[-1]
+    assert choice.find_bucket(10**6) == BUCKETS[-1]
 
 
 def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None:
     for bucket in BUCKETS:
         cell = CELL._replace(bucket=bucket)
-        assert all(tuning.find_bucket(tokens) == bucket > tokens for tokens in cell.interior)
+        assert all(choice.find_bucket(tokens) == bucket > tokens for tokens in cell.interior)
         assert cell.interior[:1] == ((cell.lowest,) if bucket > 1 else ())
         middle = cell.interior[1:]
         assert len(middle) == (bucket >= 128)
@@ -127,7 +133,7 @@ def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None
 def test_the_rule_where_nothing_was_measured(
     tokens: int, available: tuple[str, ...], expected: str
 ) -> None:
-    assert tuning.choose(None, tokens, available) == Candidate(expected)
+    assert choice.choose(None, tokens, available) == Candidate(expected)
 
 
 @pytest.mark.parametrize(
@@ -143,22 +149,22 @@ def test_dense_is_replaced_only_where_something_is_faster(
     speedups: tuple[float, float], at_bucket: str, below: str
 ) -> None:
     known = record(cusparselt=speedups, unpack=(0.5, 0.5))
-    assert tuning.choose(known, 1024, ALL).executor == at_bucket
+    assert choice.choose(known, 1024, ALL).executor == at_bucket
     for tokens in (769, 800, 1023):
-        assert tuning.choose(known, tokens, ALL).executor == below
-    assert tuning.choose(known, 10**6, ALL).executor == at_bucket, "above all buckets"
+        assert choice.choose(known, tokens, ALL).executor == below
+    assert choice.choose(known, 10**6, ALL).executor == at_bucket, "above all buckets"
 
 
 def test_without_the_dense_weight_the_fastest_form_runs() -> None:
     known = record(cusparselt=(0.6, 0.7), unpack=(0.5, 0.5))
-    assert tuning.choose(known, 16, ("cusparselt", "unpack")).executor == "cusparselt"
-    assert tuning.choose(known, 16, ("unpack",)).executor == "unpack"
+    assert choice.choose(known, 16, ("cusparselt", "unpack")).executor == "cusparselt"
+    assert choice.choose(known, 16, ("unpack",)).executor == "unpack"
 
 
 def test_measured_but_unusable_leaves_dense() -> None:
-    assert tuning.choose(Record({}, {}, {}), 4096, ALL) == Candidate("dense")
+    assert choice.choose(Record({}, {}, {}), 4096, ALL) == Candidate("dense")
     known = record(decode=(1.7, 1.7))
-    assert tuning.choose(known, 16, ALL) == Candidate("dense"), "decode is not built here"
+    assert choice.choose(known, 16, ALL) == Candidate("dense"), "decode is not built here"
 
 
 # -- measuring
@@ -169,12 +175,12 @@ def test_known_speedups_are_those_of_what_runs() -> None:
     known.put(Cell(64, 64, 16, "bfloat16", False), record(decode=(1.5, 1.4), cusparselt=(0.5, 0.5)))
     known.put(Cell(64, 64, 4096, "bfloat16", False), record(cusparselt=(1.6, 1.5)))
     shape = (known, 64, 64, torch.bfloat16, False, (1, 16, 4096))
-    assert tuning.known_speedups(*shape, {"dense", "decode", "cusparselt"}) == {16: 1.5, 4096: 1.6}
-    assert tuning.known_speedups(*shape, {"dense", "decode"}) == {16: 1.5, 4096: 1.0}
-    assert tuning.known_speedups(*shape, {"dense", "cusparselt"}) == {16: 1.0, 4096: 1.6}
-    assert tuning.known_speedups(*shape, {"decode"}) == {16: 1.5}
+    assert tables.known_speedups(*shape, {"dense", "decode", "cusparselt"}) == {16: 1.5, 4096: 1.6}
+    assert tables.known_speedups(*shape, {"dense", "decode"}) == {16: 1.5, 4096: 1.0}
+    assert tables.known_speedups(*shape, {"dense", "cusparselt"}) == {16: 1.0, 4096: 1.6}
+    assert tables.known_speedups(*shape, {"decode"}) == {16: 1.5}
     below = (known, 64, 64, torch.bfloat16, False, (9, 4000, 300))
-    assert tuning.known_speedups(*below, {"dense", "decode", "cusparselt"}) == {9: 1.4, 4000: 1.5}
+    assert tables.known_speedups(*below, {"dense", "decode", "cusparselt"}) == {9: 1.4, 4000: 1.5}
 
 
 def test_the_best_verified_candidate_is_kept() -> None:
@@ -191,8 +197,8 @@ def test_the_best_verified_candidate_is_kept() -> None:
 def test_the_top_may_win_where_the_counts_below_lose() -> None:
     known = table()
     tune(FakeWorker({Candidate("unpack"): 0.5, library(0): at_top(1.43, 0.997)}), into=known)
-    assert tuning.choose(known.get(CELL), 1024, ALL) == library(0)
-    assert tuning.choose(known.get(CELL), 1016, ALL) == Candidate("dense")
+    assert choice.choose(known.get(CELL), 1024, ALL) == library(0)
+    assert choice.choose(known.get(CELL), 1016, ALL) == Candidate("dense")
 
 
 def test_the_top_and_the_counts_below_have_candidates_of_their_own() -> None:
@@ -201,8 +207,8 @@ def test_the_top_and_the_counts_below_have_candidates_of_their_own() -> None:
     )
     known = table()
     tune(worker, into=known)
-    assert tuning.choose(known.get(CELL), 1024, ALL) == library(0)
-    assert tuning.choose(known.get(CELL), 1000, ALL) == library(1)
+    assert choice.choose(known.get(CELL), 1024, ALL) == library(0)
+    assert choice.choose(known.get(CELL), 1000, ALL) == library(1)
     below = {candidate for candidate, tokens, _ in worker.tried if tokens < 1024}
     assert library(2) not in below, "too far behind at the top to be tried again"
     again = table()
@@ -255,9 +261,9 @@ def test_splits_of_the_best_algorithms_are_tried() -> None:
 
 
 def test_segment_k_is_not_tried_where_it_can_hang() -> None:
-    small = tuning.split_variants(CELL._replace(n=384), [library(0)])
+    small = search.split_variants(CELL._replace(n=384), [library(0)])
     assert all(candidate.split_k > 1 for candidate in small)
-    assert tuning.split_variants(CELL._replace(bucket=4096), [library(0)]) == [library(0, -1)]
+    assert search.split_variants(CELL._replace(bucket=4096), [library(0)]) == [library(0, -1)]
 
 
 def test_a_wrong_candidate_is_banned_and_the_next_one_taken() -> None:
@@ -447,9 +453,9 @@ def test_an_unwritable_directory_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROXSPARSE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/xdg")
-    assert tuning.cache_directory() == Path("/tmp/xdg/proxsparse")
+    assert tables.cache_directory() == Path("/tmp/xdg/proxsparse")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tuning.cache_directory() == Path.home() / ".cache/proxsparse"
+    assert tables.cache_directory() == Path.home() / ".cache/proxsparse"
 
 
 # -- the child process
@@ -558,7 +564,7 @@ def test_a_clock_that_drifts_favours_neither(monkeypatch: pytest.MonkeyPatch) ->
     assert statistics.fmean(ratios) == pytest.approx(2, rel=0.01)
 
 
-SHIPPED = sorted((Path(tuning.__file__).parent / "tables").glob("*.json"))
+SHIPPED = sorted((Path(choice.__file__).parent / "tables").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Set
@@ -25,18 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxsparse import ops
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.loading import LoadedModel, load_model, resolve_device
-from proxsparse.inference.sparsify import densify_, sparsify_, state_bytes
-from proxsparse.inference.sparse_linear import sparse_layers
+from proxsparse.inference.attention import configs_to_regroup, regrouped
 
-_BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 _WARM_UP_STEPS = 3  # libraries pick kernels and allocate in their first calls
 _STEPS_PER_CHECK = 16  # a look at the tokens makes the host wait for the GPU
-_STEP_ATTENTION = "proxsparse_step"  # what transformers knows `_grouped_attention` by
-# Given to attention functions and of no use to `sdpa`: the mask has what is in them.
-_FOR_OTHER_ATTENTION = frozenset({"cache_position", "position_ids", "sliding_window", "use_cache"})
 _ARGMAX_WIDTH = 256  # logits of the first of two stages; divides most vocabularies
 
 
@@ -78,7 +70,7 @@ class Decoder:
         self._model, self._cache = model, _make_cache(model, max_tokens)
         # A function, not a method, which would keep this object and its cache alive in a cycle.
         self._advance_by_one = _compile(_advance) if compile else _advance
-        self._configs = _configs_to_regroup(model)
+        self._configs = configs_to_regroup(model)
         device = model.device
         self.tokens = torch.zeros(batch_size, max_tokens, dtype=torch.long, device=device)
         self.length = 0
@@ -158,7 +150,7 @@ class Decoder:
     @torch.no_grad()
     def _advance(self) -> None:
         """`_advance` of this decoder's tensors, with the attention of a step."""
-        with _regrouped(self._configs):
+        with regrouped(self._configs):
             self._advance_by_one(
                 self._model,
                 self._accepted,
@@ -195,7 +187,9 @@ class Decoder:
 
 
 def _compile(function: Callable[..., None]) -> Callable[..., None]:
-    from proxsparse.inference.compiler import compile_grouped  # takes a second, which others need not spend
+    from proxsparse.inference.compiler import (
+        compile_grouped,  # takes a second, which others need not spend
+    )
 
     compiled: Callable[..., None] = torch.compile(function, backend=compile_grouped)
     return compiled
@@ -252,108 +246,6 @@ def _argmax(logits: Tensor) -> Tensor:
     values, places = logits.reshape(len(logits), -1, width).max(-1)
     part = values.argmax(-1, keepdim=True)
     return (part * width + places.gather(-1, part)).squeeze(-1)
-
-
-def _grouped_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Transformers' `sdpa` attention, which for one position repeats no keys and values.
-
-    The H / Hkv query heads that share a head of keys and values become so many positions of one
-    head, which attend to the same places. What else `sdpa` takes is left to it.
-
-    Args:
-        module: the attention layer.
-        query: [B, H, 1, D].
-        key: [B, Hkv, S, D].
-        value: [B, Hkv, S, Dv].
-        attention_mask: bool or added, [B or 1, 1, 1, S], or None.
-        dropout: 0, else it is left to `sdpa`.
-        scaling: of the scores; D ** -0.5 unless given.
-        **kwargs: those that `sdpa` does not look at, else it is left to it.
-
-    Returns:
-        [B, 1, H, Dv] and no attention weights, as transformers wants it.
-
-    Cost: memory-bound; reads keys and values once.
-    """
-    batch_size, heads, length, _ = query.shape
-    kv_heads, places = key.shape[1:3]
-    is_plain = all(
-        x is None or x is False or name in _FOR_OTHER_ATTENTION for name, x in kwargs.items()
-    )
-    has_plain_mask = attention_mask is None or (
-        attention_mask.dim() == 4 and attention_mask.shape[1:] == (1, 1, places)
-    )
-    is_grouped = length == 1 and heads > kv_heads and heads % kv_heads == 0
-    if not (is_grouped and is_plain and has_plain_mask and dropout == 0):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        output: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(batch_size, kv_heads, heads // kv_heads, -1),
-        key,
-        value,
-        attn_mask=attention_mask,
-        scale=scaling,
-    )
-    return attended.reshape(batch_size, 1, heads, -1), None
-
-
-def _configs_to_regroup(model: Any) -> list[Any]:
-    """The configs by which the model's layers find their attention; none if it cannot be ours.
-
-    One that holds others comes before them. It cannot be ours in a model that does not look its
-    attention function up, and where somebody has put another one in the place of "sdpa".
-    """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    except ImportError:  # no such interface; "sdpa" itself gives the same
-        return []
-    if not getattr(model, "_supports_attention_backend", False):
-        return []
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
-        return []
-    AttentionInterface.register(_STEP_ATTENTION, _grouped_attention)
-    AttentionMaskInterface.register(_STEP_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    found: dict[int, Any] = {}
-
-    def add(config: Any) -> None:
-        if hasattr(config, "_attn_implementation") and id(config) not in found:
-            found[id(config)] = config
-            for name in getattr(config, "sub_configs", {}):
-                add(getattr(config, name, None))
-
-    for module in model.modules():
-        add(getattr(module, "config", None))
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def _regrouped(configs: list[Any]) -> Iterator[None]:
-    """Let `_grouped_attention` stand for "sdpa" in these configs, whatever happens meanwhile."""
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config, name in zip(configs, before, strict=True):
-            # Others are set too, to what they were: a config sets those that it holds.
-            config._attn_implementation = _STEP_ATTENTION if name == "sdpa" else name
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
 
 
 @contextlib.contextmanager
@@ -509,93 +401,6 @@ def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[:stop]
 
 
-def generate(
-    model: str | os.PathLike[str],
-    prompt: str,
-    *,
-    max_new_tokens: int = 32,
-    compare: bool = True,
-    memory: str = "min",
-    compile: bool = False,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Continue a prompt greedily with a pruned model, dense and then sparse.
-
-    Args:
-        model: a checkpoint whose layers are 2:4, dense or packed; directory or Hub name.
-        prompt: the text to continue.
-        max_new_tokens: tokens to generate at most.
-        compare: whether to run the dense model too; it needs its memory.
-        memory: of the sparse layers, "min" or "fast", see `sparse_linear`.
-        compile: whether both runs fuse their small kernels with `torch.compile`.
-        device: "auto" or a torch device.
-
-    Returns:
-        {"device", "backend": what multiplies by sparse weights here, "sparse_layers": how many,
-        "runs": {"dense" and "sparse": {num_tokens, seconds, prefill_seconds: from the prompt to
-        the first token, tokens_per_second: of all, decode_tokens_per_second: of those after the
-        first (None when there are none), decoding: how, see `Decoded`, weight_bytes, text}},
-        "same_tokens": whether both runs agree (None without `compare`), "speedup": likewise, of
-        tokens_per_second}. Seconds include the reading of the prompt; what warms up comes before.
-
-    Raises:
-        ProxsparseError: no layer is 2:4, the prompt is empty, or max_new_tokens below 1.
-    """
-    where = resolve_device(device)
-    if max_new_tokens < 1:
-        raise ProxsparseError(f"--max-new-tokens is {max_new_tokens}: give at least 1")
-    loaded = load_model(model, where)
-    input_ids = loaded.tokenizer(prompt, return_tensors="pt").to(where)["input_ids"]
-    if input_ids.shape[-1] == 0:
-        raise ProxsparseError("the prompt is empty: give --prompt some text")
-    runs: dict[str, dict[str, Any]] = {}
-    if compare:
-        densify_(loaded.model)
-        runs["dense"] = _run(loaded, input_ids, max_new_tokens, compile)
-    report = sparsify_(loaded.model, memory=memory)
-    runs["sparse"] = _run(loaded, input_ids, max_new_tokens, compile)
-    tokens = [run.pop("tokens") for run in runs.values()]
-    speeds = [run["tokens_per_second"] for run in runs.values()]
-    return {
-        "device": str(where),
-        "backend": _backend(where),
-        "sparse_layers": len(report.sparse),
-        "runs": runs,
-        "same_tokens": tokens[0] == tokens[1] if compare else None,
-        "speedup": speeds[1] / speeds[0] if compare else None,
-    }
-
-
-def _run(
-    loaded: LoadedModel, input_ids: Tensor, max_new_tokens: int, compile: bool
-) -> dict[str, Any]:
-    model = loaded.model
-    decoded = decode_greedily(model, input_ids, max_new_tokens, compile=compile)
-    tokens = decoded.tokens[0]
-    seconds = decoded.prefill_seconds + decoded.decode_seconds
-    steps = decoded.num_steps
-    forms = [layer.memory_bytes() for layer in sparse_layers(model).values()]
-    return {
-        "tokens": tokens,
-        "num_tokens": len(tokens),
-        "seconds": seconds,
-        "prefill_seconds": decoded.prefill_seconds,
-        "tokens_per_second": len(tokens) / seconds,
-        "decode_tokens_per_second": steps / decoded.decode_seconds if steps else None,
-        "decoding": decoded.decoding,
-        "weight_bytes": state_bytes(model) + sum(f["compressed"] + f["dense"] for f in forms),
-        "text": loaded.tokenizer.decode(tokens, skip_special_tokens=True),
-    }
-
-
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _backend(device: torch.device) -> str:
-    """The backend of the sparse product on this device."""
-    for backend in _BACKENDS.get(device.type, ()):
-        if not isinstance(ops.implementation("sparse_linear", backend), str):
-            return backend
-    return "reference"

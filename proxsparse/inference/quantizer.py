@@ -19,8 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.masks import check_codes
 from proxsparse.inference.sparse_linear import SparseLinear, check_memory
+from proxsparse.models.masks import check_codes
 from proxsparse.models.targets import is_linear_layer
 
 METHOD = "proxsparse"
@@ -94,7 +94,7 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        from proxsparse.inference.sparsify import restore_layers_
+        from proxsparse.inference.replace import restore_layers_
 
         restore_layers_(model)
         return model

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from proxsparse import ops
-from proxsparse.backends import choice as tuning
 from proxsparse.errors import ProxsparseError
 
 MEMORY = ("min", "fast")
@@ -84,9 +83,8 @@ class SparseLinear(nn.Module):
         self.is_conv1d = is_conv1d
         self.register_buffer("values", values)
         self.register_buffer("codes", codes)
-        # How calls run that nothing but the GPU has to see, by `ops.eager_key`; and as of when.
+        # How calls run that nothing but the GPU has to see, by `ops.eager_key`.
         self._runs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
-        self._generation = tuning.generation
         # No buffers: libraries that place or offload a model's buffers do not expect absent ones.
         self.compressed: Tensor | None = None
         self.dense: Tensor | None = None
@@ -220,11 +218,7 @@ class SparseLinear(nn.Module):
         key = ops.eager_key(x, bias)
         run = None if key is None else self._runs.get(key)
         forms: Any = self._buffers
-        if (
-            run is not None
-            and self._generation == tuning.generation
-            and forms["values"].get_device() == x.get_device()
-        ):
+        if run is not None and forms["values"].get_device() == x.get_device():
             y: Tensor = run(x, forms["values"], forms["codes"], bias, self.compressed, self.dense)
             return y
         values, compressed, dense = self.values, self.compressed, self.dense
@@ -246,9 +240,8 @@ class SparseLinear(nn.Module):
         run = ops.settled_sparse_linear(x, *forms)
         if run is None:
             return
-        if len(self._runs) >= _MAX_RUNS or self._generation != tuning.generation:
+        if len(self._runs) >= _MAX_RUNS:
             self._runs.clear()
-            self._generation = tuning.generation
         self._runs[key] = run
 
     def __getstate__(self) -> dict[str, Any]:

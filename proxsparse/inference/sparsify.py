@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from proxsparse import ops
-from proxsparse.backends import choice as tuning
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
+from proxsparse.inference.replace import in_memory, places_of, replace_, restore_layers_
 from proxsparse.inference.sparse_linear import SparseLinear, check_memory, sparse_layers
 from proxsparse.models.targets import Target, find_targets
 
@@ -103,12 +103,12 @@ def sparsify_(
     names, left_dense = _choose(model, TargetConfig(targets=targets, ignore=ignore))
     for layer in sparse_layers(model).values():
         layer.set_memory_(memory)
-    places = _places(model)
+    places = places_of(model)
     for name in names:
         old = model.get_submodule(name)
-        with _in_memory(old):
+        with in_memory(old):
             new = SparseLinear.from_linear(old, memory, name)
-        _replace_(places, old, new)
+        replace_(places, old, new)
         del old
     sparse = sparse_layers(model)
     from proxsparse.inference.quantizer import attach
@@ -132,27 +132,6 @@ def densify_(model: nn.Module) -> tuple[str, ...]:
 
         detach(model)
     return names
-
-
-def restore_layers_(model: nn.Module) -> tuple[str, ...]:
-    """The replacement of `densify_` alone; returns the names of the layers that were sparse."""
-    names, places = tuple(sparse_layers(model)), _places(model)
-    for name in names:
-        old: Any = model.get_submodule(name)
-        with _in_memory(old):
-            new = old.to_linear()
-        _replace_(places, old, new)
-        del old
-    return names
-
-
-def state_bytes(model: nn.Module) -> int:
-    """Bytes of everything in a model's state dict; tensors that share memory count once."""
-    tensors = {x.data_ptr(): x.numel() * x.element_size() for x in model.state_dict().values()}
-    return sum(tensors.values())
-
-
-# -- which layers ----------------------------------------------------------------------------------
 
 
 def _choose(model: nn.Module, config: TargetConfig) -> tuple[list[str], dict[str, str]]:
@@ -197,7 +176,7 @@ def why_not_sparse(target: Target) -> str:
 
 def _offence(target: Target) -> str:
     """The first group of the weight that is not 2:4, after "it is"; empty when there is none."""
-    with _in_memory(target.module):
+    with in_memory(target.module):
         w = target.weight()
         if not ops.is_2to4(w):
             try:
@@ -214,7 +193,7 @@ def _as_dense(model: Any) -> Iterator[dict[nn.Module, SparseLinear]]:
     Inside the block each SparseLinear is replaced by a dense layer without memory; yields those
     layers with what they stand for.
     """
-    places, stand_ins = _places(model), {}
+    places, stand_ins = places_of(model), {}
     method = vars(model).pop("quantization_method", None) if sparse_layers(model) else None
     for layer in sparse_layers(model).values():
         values, codes = layer.values.to("meta"), layer.codes.to("meta")
@@ -232,48 +211,6 @@ def _as_dense(model: Any) -> Iterator[dict[nn.Module, SparseLinear]]:
             model.quantization_method = method
 
 
-# -- replacing -------------------------------------------------------------------------------------
-
-
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """The id of each module -> every (parent, name) that holds it: a module may be shared."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                places.setdefault(id(child), []).append((parent, name))
-    return places
-
-
-def _replace_(
-    places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module
-) -> None:
-    """Put `new` wherever `old` is, under the hook that accelerate has on it, if any."""
-    hook: Any = getattr(old, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module
-
-        for part in getattr(hook, "hooks", (hook,)):
-            if getattr(part, "offload", False):
-                # Its map has the old tensors' names; without one it takes up those of `new`.
-                part.weights_map, part.offload_buffers = None, True
-        add_hook_to_module(new, hook)
-    for parent, name in places.pop(id(old)):
-        parent._modules[name] = new
-
-
-@contextlib.contextmanager
-def _in_memory(module: nn.Module) -> Iterator[None]:
-    """Bring back the tensors of a module that accelerate has offloaded, inside the block."""
-    if not hasattr(module, "_hf_hook"):
-        yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        yield
-
-
 def _row(name: str, layer: SparseLinear) -> SparseLayer:
     shape = (layer.out_features, layer.in_features)
     size = torch.Size(shape).numel() * layer.values.element_size()
@@ -288,6 +225,5 @@ def _speedups(layer: SparseLinear) -> dict[int, float]:
     forms = {"unpack", "decode", "prefill"}
     forms |= {"dense"} if layer.dense is not None else set()
     forms |= {"cusparselt"} if layer.compressed is not None else set()
-    table = tuning.table_for(layer.values.get_device())
-    has_bias = layer.bias is not None
-    return tuning.known_speedups(table, n, k, dtype, has_bias, _REPORTED_TOKENS, forms)
+    device, has_bias = layer.values.get_device(), layer.bias is not None
+    return ops.known_speedups(device, n, k, dtype, has_bias, _REPORTED_TOKENS, forms)

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from proxsparse import ops
-from proxsparse.backends import choice as tuning
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.loading import build_model, resolve_device
-from proxsparse.inference.sparsify import why_not_sparse
 from proxsparse.inference.sparse_linear import SparseLinear
+from proxsparse.inference.sparsify import why_not_sparse
+from proxsparse.models.loading import build_model, resolve_device
 from proxsparse.models.targets import find_targets
+from proxsparse.tuning import tune
 
 OPERATION_LIMIT = 2.0  # sparse tensor cores skip one of every two products
 _TUNING_SECONDS = 300.0
@@ -140,7 +140,7 @@ def _tune(
     layers = [(n, k, False) for n, k in shapes if not ops.can_compress(n, k, dtype)]
     if layers:
         index = torch.cuda.current_device() if device.index is None else device.index
-        tuning.tune_layers(layers, tokens, dtype=dtype, device=index, seconds=_TUNING_SECONDS)
+        tune.tune_layers(layers, tokens, dtype=dtype, device=index, seconds=_TUNING_SECONDS)
 
 
 def measure(

@@ -21,21 +21,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from proxsparse.data.calibration import Calibration, load_calibration, to_blocks, tokenize_text
+from proxsparse.data.calibration import Calibration, load_calibration
 from proxsparse.data.corpus import stdlib_texts
+from proxsparse.data.tokenizing import to_blocks, tokenize_text
 from proxsparse.jobs.evaluate import evaluate_perplexity, remaining_loss
+from proxsparse.jobs.output import FORMAT, mask_metadata, output_directory, versions, write_result
+from proxsparse.jobs.prune import run_method
+from proxsparse.jobs.recipe import Recipe, make_recipe
 from proxsparse.models.loading import LoadedModel, load_model, resolve_device
 from proxsparse.models.masks import Masks, apply_masks_, layer_report, model_fingerprint
 from proxsparse.models.precision import computing_in
-from proxsparse.jobs.prune import (
-    FORMAT,
-    mask_metadata,
-    output_directory,
-    run_method,
-    versions,
-    write_result,
-)
-from proxsparse.jobs.recipe import Recipe, make_recipe
 from proxsparse.models.targets import Targets, find_targets
 
 PROMPT = 'if __name__ == "__main__":\n    import'

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from proxsparse import ops
-from proxsparse.jobs.prune import versions
+from proxsparse.jobs.output import versions
+from proxsparse.ops import dispatch, schemas
 
 _OPTIONAL = ("triton", "datasets", "accelerate", "matplotlib", "lm_eval")
 
@@ -22,7 +22,8 @@ def describe_environment() -> dict[str, Any]:
         "devices": _devices(),
         "cuda": _describe_cuda(),
         "ops": {
-            op: {backend: _availability(op, backend) for backend in ops.BACKENDS} for op in ops.OPS
+            op: {backend: _availability(op, backend) for backend in dispatch.BACKENDS}
+            for op in schemas.OPS
         },
     }
 
@@ -46,11 +47,13 @@ def _devices() -> list[str]:
 def _describe_cuda() -> dict[str, str]:
     """The CUDA extension, its kernels, cuSPARSELt and the tuning table: there, or why not."""
     try:
-        from proxsparse.backends import choice as tuning
         from proxsparse.backends import cusparselt
+        from proxsparse.backends.table import table_for
     except ImportError as error:
         return {"extension": f"no: {error}"}
-    note = Path(__file__).parents[1].joinpath("_build_error_cuda_kernels.txt")  # written by setup.py
+    note = (
+        Path(__file__).parents[1].joinpath("_build_error_cuda_kernels.txt")
+    )  # written by setup.py
     reason = note.read_text().strip() if note.exists() else "not compiled"
     description = {
         "extension": "yes",
@@ -65,14 +68,14 @@ def _describe_cuda() -> dict[str, str]:
     warning = cusparselt.version_warning(found.version, torch.cuda.get_device_capability())
     if warning:
         description["cusparselt"] += f" ({warning})"
-    table = tuning.table_for(torch.cuda.current_device())
+    table = table_for(torch.cuda.current_device())
     description["tuning table"] = f"{table.path}, {len(table)} entries"
     return description
 
 
 def _availability(op: str, backend: str) -> str:
     """Whether it is there: "yes", or the reason why not."""
-    found = ops.implementation(op, backend)
+    found = dispatch.implementation(op, backend)
     if isinstance(found, str):
         return f"no: {found}"
     if backend in ("cuda", "triton") and not torch.cuda.is_available():

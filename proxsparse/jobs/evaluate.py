@@ -14,19 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from proxsparse.data.calibration import to_blocks, tokenize_text
+from proxsparse.data.tokenizing import to_blocks, tokenize_text
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.precision import autocast, eval_mode
-
-
-def next_token_loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of tokens [B, L] given their predecessors, in float32."""
-    with autocast(model):
-        logits = model(input_ids=tokens, use_cache=False).logits
-    logits = logits[:, :-1].float()
-    return nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1), reduction=reduction
-    )
+from proxsparse.learning.loss import next_token_loss
+from proxsparse.models.precision import eval_mode
 
 
 @torch.no_grad()
@@ -118,8 +109,8 @@ def evaluate_model(
     Raises:
         ProxsparseError: neither data nor tasks, or unreadable ones.
     """
-    from proxsparse.data.calibration import read_text
     from proxsparse.data.corpus import stdlib_texts
+    from proxsparse.data.sources import read_text
     from proxsparse.models.loading import load_model, resolve_device
 
     if data is None and not tasks:

@@ -11,9 +11,9 @@ import torch
 
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
+from proxsparse.inference.sparsify import densify_
 from proxsparse.models.loading import load_model
 from proxsparse.models.masks import Masks
-from proxsparse.inference.sparsify import densify_
 from proxsparse.models.targets import Target, find_targets
 
 

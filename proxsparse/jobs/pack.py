@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.loading import LoadedModel, load_model, save_model
-from proxsparse.inference.sparsify import densify_, sparsify_, state_bytes
-from proxsparse.jobs.prune import FORMAT, output_directory, versions
 from proxsparse.inference.sparse_linear import sparse_layers
+from proxsparse.inference.sparsify import densify_, sparsify_
+from proxsparse.jobs.output import FORMAT, output_directory, versions
+from proxsparse.models.loading import LoadedModel, load_model, save_model, state_bytes
 
 _COMPANIONS = ("masks.safetensors", "metrics.jsonl", "training.png")
 _REPORT = "proxsparse.json"

@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,27 +19,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxsparse.learning import distributed
-from proxsparse.data.calibration import Calibration, load_calibration
-from proxsparse.learning.checkpoint import Checkpoints, checkpoints_in
 from proxsparse.config import replace
+from proxsparse.data.calibration import Calibration, load_calibration
 from proxsparse.errors import ProxsparseError
-from proxsparse.learning.loop import Job
+from proxsparse.jobs.output import FORMAT, mask_metadata, output_directory, versions, write_result
+from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.learning import distributed
+from proxsparse.learning.checkpoint import Checkpoints
+from proxsparse.learning.job import Job
+from proxsparse.learning.memory import choose_memory
 from proxsparse.models.loading import (
     LoadedModel,
     build_model,
     check_finite,
     load_model,
     resolve_device,
-    save_model,
 )
 from proxsparse.models.masks import Masks, apply_masks_, layer_report, model_fingerprint, targets_of
-from proxsparse.learning.memory import choose_memory
 from proxsparse.models.precision import computing_in, resolve_dtype
-from proxsparse.jobs.recipe import Recipe, make_recipe
 from proxsparse.models.targets import Targets, find_targets
-
-FORMAT = "proxsparse-1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,46 +230,6 @@ def apply(
     return PruneResult(masks, report, [])
 
 
-@contextlib.contextmanager
-def output_directory(output: str | os.PathLike[str], *, resume: bool = False) -> Iterator[Path]:
-    """A directory to fill, which gets the name `output` only if the block succeeds.
-
-    Raises:
-        ProxsparseError: `output` is there and not empty, or an unfinished run lies beside it.
-    """
-    final = Path(output).expanduser().absolute()
-    partial = final.with_name(final.name + ".partial")
-    if not distributed.is_main():
-        distributed.barrier()
-        yield partial
-        return
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ProxsparseError(
-            f"{output} exists and is not empty: choose another --output or remove it first"
-        )
-    if not resume and checkpoints_in(partial / "checkpoints"):
-        raise ProxsparseError(
-            f"an unfinished run lies in {partial}: continue it with --resume, or remove it"
-        )
-    try:
-        if partial.exists() and not resume:
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProxsparseError(f"the output directory {output} cannot be made: {error}") from error
-    distributed.barrier()
-    try:
-        yield partial
-    except BaseException:
-        if not checkpoints_in(partial / "checkpoints"):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-    if final.is_dir():
-        final.rmdir()
-    os.replace(partial, final)
-
-
 def shard(model: nn.Module, targets: Targets, recipe: Recipe, device: torch.device) -> None:
     """Split a model over the processes of the job, in the dtype to learn in.
 
@@ -318,20 +274,6 @@ def settle_memory(
         modes["balanced"] += targets.layers[0].parameter.element_size()
     mode = choose_memory(model, targets, recipe.learn.memory, modes, num_tokens, device, world)
     return dataclasses.replace(recipe, learn=replace(recipe.learn, {"memory": mode}))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    import transformers
-
-    from proxsparse import __version__
-
-    return {
-        "proxsparse": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def load_data(source: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> Calibration | None:
@@ -440,40 +382,3 @@ def tracking(
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
-
-
-def mask_metadata(
-    recipe: Recipe, fingerprint: str, base_id: str, revision: str | None
-) -> dict[str, str]:
-    """What a mask file says about the model it belongs to and how it was made."""
-    return {
-        "base_id": base_id,
-        "base_revision": revision or "",
-        "base_fingerprint": fingerprint,
-        "method": recipe.method.name,
-        "weights_updated": json.dumps(recipe.method.updates_weights(recipe.options)),
-        "recipe": json.dumps(recipe.as_dict()),
-    }
-
-
-def write_result(
-    directory: Path,
-    base: LoadedModel,
-    masks: Masks,
-    report: dict[str, Any],
-    history: list[dict[str, float]],
-) -> None:
-    """Write a pruned model, its masks, its report and its training plot into `directory`."""
-    save_model(base.model, base.tokenizer, directory)
-    try:
-        masks.save(directory / "masks.safetensors")
-        text = json.dumps(report, indent=2) + "\n"
-        (directory / "proxsparse.json").write_text(text, encoding="utf-8")
-        if history:
-            from proxsparse.jobs.plots import plot_training
-
-            plot_training(history, directory / "training.png")
-    except OSError as error:
-        raise ProxsparseError(
-            f"the results could not be written to {directory}: {error}"
-        ) from error

@@ -1,1 +1,1 @@
-"""The optimiser loop of the learned methods, and what it needs on large models and several processes."""
+"""The loop of the learned methods, and what it needs on large models and several GPUs."""

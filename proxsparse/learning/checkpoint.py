@@ -19,10 +19,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from proxsparse.learning import distributed
 from proxsparse.errors import ProxsparseError
+from proxsparse.learning import distributed
 
-_log = logging.getLogger("proxsparse")
+_log = logging.getLogger(__name__)
 _KEEP = 2
 
 

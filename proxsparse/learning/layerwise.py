@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from proxsparse.models.forward import replacing_forward
 from proxsparse.models.observe import observe_inputs
 from proxsparse.models.precision import autocast, eval_mode
-from proxsparse.learning.streaming import replacing_forward
 from proxsparse.models.targets import Target, Targets
 
 

@@ -10,7 +10,6 @@ step alone, so a resumed run sees what an undisturbed one would have seen.
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import json
@@ -20,132 +19,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from proxsparse import ops
-from proxsparse.learning import distributed
-from proxsparse.learning.checkpoint import Checkpoints
-from proxsparse.config import LearnConfig
 from proxsparse.errors import Interrupted, ProxsparseError
-from proxsparse.jobs.evaluate import next_token_loss
-from proxsparse.models.masks import Masks
+from proxsparse.learning import distributed
+from proxsparse.learning.job import Job
+from proxsparse.learning.loss import can_chunk, chunked_next_token_loss, next_token_loss
 from proxsparse.learning.memory import memory_gb
-from proxsparse.models.precision import eval_mode
+from proxsparse.learning.rule import Moment, Rule, State
 from proxsparse.learning.step_graph import Step, as_graph
-from proxsparse.learning.streaming import (
-    can_chunk,
-    chunked_next_token_loss,
-    consuming_gradients,
-    recomputing,
-    weights_on_demand,
-)
+from proxsparse.learning.streaming import consuming_gradients, recomputing, weights_on_demand
+from proxsparse.models.masks import Masks
+from proxsparse.models.precision import eval_mode
 from proxsparse.models.targets import Target, Targets
 
 _METRICS_EVERY = 10  # steps between looks at the loss: each look makes a GPU wait for the host
 _COUNTED_AT_ONCE = 2**24  # weights whose masks are compared together: few kernels, little memory
 _WARMUP = 0.1  # share of the steps
-
-State = dict[str, Tensor]
-
-
-@dataclass
-class Job:
-    """One pruning job, as every method receives it.
-
-    Attributes:
-        model: the dense model, on its device, in the precision to compute in.
-        targets: what to prune.
-        tokens: int64 [S, L] calibration blocks, on CPU.
-        learn: settings of the loop; layer-by-layer methods ignore it.
-        options: the method's own config.
-        checkpoints: where to checkpoint; None keeps nothing on disk.
-        metrics: path of metrics.jsonl; None keeps the history in memory only.
-        resume: continue from the latest checkpoint.
-        track: called with every record, for a tracker.
-        history: one dict per look at the loss, filled by the loop.
-    """
-
-    model: nn.Module
-    targets: Targets
-    tokens: Tensor
-    learn: LearnConfig
-    options: Any
-    checkpoints: Checkpoints | None = None
-    metrics: Path | None = None
-    resume: bool = False
-    track: Callable[[dict[str, float]], None] | None = None
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in the run a step is, as 0-d tensors; of a captured step, on the GPU.
-
-    Attributes:
-        step: its number, from 1; float64, as the next two.
-        lr: its learning rate: linear warm-up over 10 % of the steps, then linear decay to 0.
-        lam: its proximal strength, see `Rule.lam_at`.
-        grad_scale: factor on the gradients, from clipping; on the model's device.
-    """
-
-    step: Tensor
-    lr: Tensor
-    lam: Tensor
-    grad_scale: Tensor
-
-
-class Rule(abc.ABC):
-    """What a learned method adds to the loop.
-
-    Weights and gradients come as [N, K] or [E, N, K]; `w0` is the layer's original weight. On a GPU
-    a step may be captured as a CUDA graph, so what `update_` and `weight_` decide depends on shapes
-    and settings only, and what changes from step to step is in tensors.
-
-    Attributes:
-        lr: the default peak learning rate.
-        max_grad_norm: if not None, the global norm of the gradients is clipped to this, for which
-            all of them have to exist at once.
-        on_demand: the model keeps w0 and its weights are made block by block, when they are needed;
-            else it holds the current ones, and w0 is a copy. Not together with max_grad_norm.
-    """
-
-    lr: float
-    max_grad_norm: float | None = None
-    on_demand: bool = False
-
-    @abc.abstractmethod
-    def start(self, target: Target, w0: Tensor) -> State:
-        """The state of a layer before the first step; saved in checkpoints, restored in place."""
-
-    @abc.abstractmethod
-    def lam_at(self, progress: float, lr: float) -> float:
-        """The proximal strength of a step of learning rate `lr`.
-
-        `progress` is the share of the run that lies before it, in [0, 1).
-        """
-
-    @abc.abstractmethod
-    def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
-        """Write the weight to compute with into `out`; in the end its top two per group are kept.
-
-        `out` is like w0, and not contiguous where the model stores the transpose.
-        """
-
-    @abc.abstractmethod
-    def update_(
-        self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
-    ) -> None:
-        """One step: change the state in place, and write the new weight if `out` is given."""
-
-    @abc.abstractmethod
-    def variable(self, state: State) -> Tensor:
-        """The tensor that the regulariser drives to 2:4."""
 
 
 def learn(job: Job, rule: Rule) -> Masks:

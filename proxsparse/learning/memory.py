@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.learning.streaming import LOGITS_AT_ONCE
+from proxsparse.learning.loss import LOGITS_AT_ONCE
 from proxsparse.models.targets import Target, Targets
 
-_log = logging.getLogger("proxsparse")
+_log = logging.getLogger(__name__)
 
 _SMALL = 2_000_000_000  # parameters: below, automatic choice prefers float32 everywhere
 _ROOM = 0.9  # share of the free memory that automatic choice will fill

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_log = logging.getLogger("proxsparse")
+_log = logging.getLogger(__name__)
 
 _EAGER_STEPS = 3  # before the recording: they compile kernels and make the libraries' workspaces
 

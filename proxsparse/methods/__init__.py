@@ -8,8 +8,7 @@ from typing import Any
 
 from proxsparse.config import METHOD_OPTIONS
 from proxsparse.errors import ProxsparseError
-from proxsparse.learning.loop import Job
-from proxsparse.models.masks import Masks
+from proxsparse.learning.job import Job
 from proxsparse.methods.gates import MEMORY as gates_memory
 from proxsparse.methods.gates import gates
 from proxsparse.methods.magnitude import magnitude
@@ -17,6 +16,7 @@ from proxsparse.methods.proxsparse import MEMORY as proxsparse_memory
 from proxsparse.methods.proxsparse import proxsparse
 from proxsparse.methods.sparsegpt import sparsegpt
 from proxsparse.methods.wanda import wanda
+from proxsparse.models.masks import Masks
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.learning import distributed
-from proxsparse.ops import reference
 from proxsparse.config import LearnConfig
+from proxsparse.learning import distributed
+from proxsparse.learning.job import Job
 from proxsparse.learning.layerwise import collect_input_norms
-from proxsparse.learning.loop import Job, Moment, Rule, State, learn
+from proxsparse.learning.loop import learn
+from proxsparse.learning.rule import Moment, Rule, State
 from proxsparse.models.masks import Masks
 from proxsparse.models.targets import Target
+from proxsparse.ops import reference
 
 _PRIOR_SAMPLES = 128  # blocks behind the activation norms, as many as Wanda's
 # Bytes per weight beside the parameter: s, m and v; in fast also the original weight.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxsparse import ops
-from proxsparse.learning.loop import Job
+from proxsparse.learning.job import Job
 from proxsparse.models.masks import Masks
 
 

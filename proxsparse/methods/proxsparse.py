@@ -18,7 +18,9 @@ from torch import Tensor
 
 from proxsparse import ops
 from proxsparse.config import LearnConfig, ProxSparseConfig
-from proxsparse.learning.loop import Job, Moment, Rule, State, learn
+from proxsparse.learning.job import Job
+from proxsparse.learning.loop import learn
+from proxsparse.learning.rule import Moment, Rule, State
 from proxsparse.models.masks import Masks
 from proxsparse.models.targets import Target
 

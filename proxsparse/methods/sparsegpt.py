@@ -14,8 +14,8 @@ from torch import Tensor
 
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
+from proxsparse.learning.job import Job
 from proxsparse.learning.layerwise import Gram, prune_block_by_block
-from proxsparse.learning.loop import Job
 from proxsparse.models.masks import Masks
 from proxsparse.models.targets import Target
 

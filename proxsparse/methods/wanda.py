@@ -7,8 +7,8 @@ arXiv:2306.11695, equation 1.
 from __future__ import annotations
 
 from proxsparse import ops
+from proxsparse.learning.job import Job
 from proxsparse.learning.layerwise import InputNorm, prune_block_by_block
-from proxsparse.learning.loop import Job
 from proxsparse.models.masks import Masks
 from proxsparse.models.targets import Target
 

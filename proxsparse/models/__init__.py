@@ -1,1 +1,1 @@
-"""What is known of a Hugging Face model: its targets, their masks, how it is loaded and observed."""
+"""What we know of a Hugging Face model: its targets, their masks, loading and observing it."""

@@ -157,3 +157,9 @@ def save_model(model: nn.Module, tokenizer: Any, directory: Path) -> None:
 
 def _first_lines(error: BaseException) -> str:
     return " ".join(str(error).split())[:500]
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of everything in a model's state dict; tensors that share memory count once."""
+    tensors = {x.data_ptr(): x.numel() * x.element_size() for x in model.state_dict().values()}
+    return sum(tensors.values())

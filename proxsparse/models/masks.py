@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from proxsparse import ops
-from proxsparse.ops import reference
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.targets import Target, Targets, find_targets
+from proxsparse.ops import reference
 
 FORMAT = "proxsparse-masks-1"
 # The codes of the six ways to keep two of four: i | j << 2 with i < j.

@@ -176,9 +176,6 @@ def find_targets(model: nn.Module, config: TargetConfig | None = None) -> Target
     return Targets(tuple(layers), left_dense, tuple(blocks.values()), tuple(blocks))
 
 
-# -- structure -------------------------------------------------------------------------------------
-
-
 def _check_causal_lm(model: nn.Module) -> None:
     kind, config = type(model).__name__, getattr(model, "config", None)
     can_generate = getattr(model, "can_generate", None)
@@ -360,9 +357,6 @@ def _layout_from_widths(
     if parts & {"gate", "up", "router"}:
         return bool(rows == hidden)
     return None
-
-
-# -- patterns --------------------------------------------------------------------------------------
 
 
 def _matches(pattern: str, target: Target) -> bool:

@@ -13,222 +13,46 @@ be replayed with new values.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import functools
 import importlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxsparse.ops import reference
 from proxsparse.errors import ProxsparseError
+from proxsparse.ops import reference
+from proxsparse.ops.dispatch import BACKENDS, forced_backend, implementation, use_backend
+from proxsparse.ops.schemas import OPS
 
-_log = logging.getLogger("proxsparse")
-
-BACKENDS = ("reference", "cpu", "cuda", "triton")
-OPS = (
-    "prox_2to4",
-    "project_2to4",
-    "mask_2to4",
-    "is_2to4",
-    "pack_2to4",
-    "unpack_2to4",
-    "prox_adamw_",
-    "gate_update_",
+__all__ = [
+    "BACKENDS",
+    "MAX_DECODE_TOKENS",
+    "OPS",
+    "can_compress",
+    "code_rows",
+    "compress_2to4",
+    "eager_key",
     "gate_project_",
+    "gate_update_",
+    "implementation",
+    "is_2to4",
+    "known_speedups",
+    "lay_out_2to4",
+    "mask_2to4",
+    "pack_2to4",
+    "project_2to4",
+    "prox_2to4",
+    "prox_adamw_",
+    "settled_sparse_linear",
     "sparse_linear",
     "sparse_linear_decode",
     "sparse_linear_group",
-    "compress_2to4",
-)
-_FAST = {
-    "cpu": ("cpu",),
-    "cuda": ("cuda", "triton"),
-}  # device type -> its fast backends, best first
-MAX_DECODE_TOKENS = 64
-_FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)
-_EIGHT_BIT = {"triton": (torch.uint8,)}  # backend -> further dtypes of its first operand
-
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on one backend.
-
-    Args:
-        name: one of `BACKENDS`.
-
-    Raises:
-        ProxsparseError: at once for an unknown name; at the op's call when that backend cannot run
-            it.
-    """
-    if name not in BACKENDS:
-        raise ProxsparseError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-
-
-@functools.cache
-def implementation(op: str, backend: str) -> Callable[..., Any] | str:
-    """The function that runs `op` on `backend`, or the reason in words why there is none."""
-    if backend == "reference":
-        defined: Callable[..., Any] | str = getattr(reference, op, f"reference has no {op}")
-        return defined
-    stem = op.rstrip("_")
-    module = (
-        f"proxsparse.kernels.{stem}" if backend == "triton" else f"proxsparse.backends.{backend}"
-    )
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), f"{stem}_{backend}")
-    except ModuleNotFoundError as error:
-        if error.name == module:
-            return f"{backend} has no {op}"
-        return str(error)
-    except ImportError as error:
-        return str(error)
-    except AttributeError:
-        return f"{backend} has no {op}"
-    return function
-
-
-def _choose(op: str, first: Tensor) -> Callable[..., Any]:
-    """The implementation for a call whose main operand is `first`."""
-    forced = _forced.get()
-    here = _FAST.get(first.device.type, ())
-    wanted = (forced,) if forced else here
-    reasons = []
-    for backend in wanted:
-        if backend == "reference":
-            break
-        if backend not in here:
-            found: Callable[..., Any] | str = f"its tensors are on {first.device.type}"
-        elif first.dtype not in (*_FAST_DTYPES, *_EIGHT_BIT.get(backend, ())):
-            found = f"its dtype is {first.dtype}"
-        else:
-            found = implementation(op, backend)
-        if not isinstance(found, str):
-            return found
-        reasons.append(found)
-    if forced and reasons:
-        raise ProxsparseError(
-            f"backend {forced!r} was asked for, but cannot run {op}: {reasons[0]}"
-        )
-    defined = implementation(op, "reference")
-    if isinstance(defined, str):
-        raise ProxsparseError(
-            f"{op} cannot run on {first.device.type}: {'; '.join([*reasons, defined])}"
-        )
-    if reasons:
-        _log_once(f"{op} runs on the reference backend: {'; '.join(dict.fromkeys(reasons))}")
-    return defined
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _log.info(message)
-
-
-# -- registration
-# ------------------------------------------------------------------------------------
-
-_STEP = "Tensor step, Tensor lr, Tensor lam, Tensor grad_scale"
-_ADAM = "float beta1, float beta2, float eps"
-_library = torch.library.Library("proxsparse", "DEF")  # type: ignore[no-untyped-call]
-for _schema in (
-    "prox_2to4(Tensor z, Tensor lam) -> Tensor",
-    "project_2to4(Tensor w, Tensor? score) -> Tensor",
-    "mask_2to4(Tensor score) -> Tensor",
-    "is_2to4(Tensor w) -> Tensor",
-    "pack_2to4(Tensor w) -> (Tensor, Tensor)",
-    "unpack_2to4(Tensor values, Tensor codes) -> Tensor",
-    f"prox_adamw_(Tensor(a!) p, Tensor grad, Tensor(b!) m, Tensor(c!) v, {_STEP}, Tensor? w0, "
-    f"float lam2, float reg_eps, {_ADAM}, float weight_decay) -> ()",
-    f"gate_update_(Tensor(a!) s, Tensor grad, Tensor w0, Tensor(b!) m, Tensor(c!) v, "
-    f"Tensor act_norm, {_STEP}, {_ADAM}, Tensor(d!)? out, bool hard, Tensor(e!)? scales, "
-    f"int seed) -> ()",
-    "gate_project_(Tensor s, Tensor w0, Tensor act_norm, Tensor(a!) out) -> ()",
-    "sparse_linear(Tensor x, Tensor values, Tensor codes, Tensor? bias, Tensor? compressed, "
-    "Tensor? dense) -> Tensor",
-    "sparse_linear_decode(Tensor x, Tensor values, Tensor codes, Tensor? bias) -> Tensor",
-    "sparse_linear_group(Tensor x, Tensor[] values, Tensor[] codes, Tensor?[] bias, "
-    "Tensor?[] compressed, Tensor?[] dense) -> Tensor[]",
-    "compress_2to4(Tensor w) -> Tensor",
-):
-    _library.define(_schema)  # type: ignore[no-untyped-call]
-
-
-def _register(op: str, fake: Callable[..., Any]) -> None:
-    def run(first: Tensor, *args: Any) -> Any:
-        return _choose(op, first)(first, *args)
-
-    _library.impl(op, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"proxsparse::{op}", fake, lib=_library)
-
-
-def _fake_pack(w: Tensor) -> tuple[Tensor, Tensor]:
-    *lead, k = w.shape
-    return w.new_empty(*lead, k // 2), w.new_empty(*lead, (k + 7) // 8, dtype=torch.uint8)
-
-
-_register("prox_2to4", lambda z, lam: torch.empty_like(z))
-_register("project_2to4", lambda w, score: torch.empty_like(w))
-_register("mask_2to4", lambda score: torch.empty_like(score, dtype=torch.bool))
-_register("is_2to4", lambda w: w.new_empty((), dtype=torch.bool))
-_register("pack_2to4", _fake_pack)
-_register(
     "unpack_2to4",
-    lambda values, codes: values.new_empty(*values.shape[:-1], 2 * values.shape[-1]),
-)
-_register("prox_adamw_", lambda *_: None)
-_register("gate_update_", lambda *_: None)
-_register("gate_project_", lambda *_: None)
-for _name in ("sparse_linear", "sparse_linear_decode"):
-    _register(_name, lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]))
-_register(
-    "sparse_linear_group",
-    lambda x, values, *_: [x.new_empty(*x.shape[:-1], w.shape[0]) for w in values],
-)
-_register(  # only the library knows the size
-    "compress_2to4",
-    lambda w: w.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
-)
+    "use_backend",
+]
 
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, codes, bias, _, dense = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(values, codes, dense)
-
-
-def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients with respect to x and bias; the packed weight is frozen."""
-    values, codes, dense = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ (unpack_2to4(values, codes) if dense is None else dense)
-    if ctx.has_bias and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, grad_bias, None, None
-
-
-torch.library.register_autograd(
-    "proxsparse::sparse_linear",
-    _sparse_linear_backward,
-    setup_context=_save_for_backward,
-    lib=_library,
-)
-
-
-# -- the functions people call
-# -----------------------------------------------------------------------
+MAX_DECODE_TOKENS = 64
 
 _op = torch.ops.proxsparse
 
@@ -490,17 +314,34 @@ def sparse_linear(
 def eager_key(x: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
     """What decides how `sparse_linear` runs on one weight, where nobody has to see the op.
 
-    None where the dispatcher is needed: for autograd, a compiler or a tensor subclass; where a
-    backend was asked for, autocast is on or another GPU is current; and off CUDA.
+    It holds the revision of the table of what was measured, so that a decision is forgotten when
+    the table changes. None where the dispatcher is needed: for autograd, a compiler or a tensor
+    subclass; where a backend was asked for, autocast is on or another GPU is current; and off CUDA.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cuda or _forced.get():
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or not x.is_cuda
+        or forced_backend.get()
+    ):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return None
     device = x.get_device()
     if torch.is_autocast_enabled("cuda") or torch._C._cuda_getDevice() != device:
         return None
-    return x.shape, x.dtype, device
+    table = _table or _load_table()
+    return None if table is None else (x.shape, x.dtype, device, table.revision)
+
+
+_table: Any = None  # the module of the tables; loaded by the first call on a GPU
+
+
+def _load_table() -> Any:
+    global _table
+    if not isinstance(implementation("sparse_linear", "cuda"), str):
+        _table = importlib.import_module("proxsparse.backends.table")
+    return _table
 
 
 def settled_sparse_linear(
@@ -630,6 +471,32 @@ def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor 
         return values, codes, None
     backend = importlib.import_module("proxsparse.backends.cuda")
     return backend.lay_out_2to4(values, codes)  # type: ignore[no-any-return]
+
+
+def known_speedups(
+    device: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    tokens: Iterable[int],
+    forms: Collection[str],
+) -> dict[int, float]:
+    """Token count -> speed-up over dense of what a packed layer runs on there, as measured.
+
+    Args:
+        device: index of a CUDA device.
+        n: output features.
+        k: input features.
+        dtype: of weight and activations.
+        has_bias: whether a bias is added.
+        tokens: counts of interest; those nobody measured are left out of the result.
+        forms: executors whose form of the weight the layer keeps.
+    """
+    table = importlib.import_module("proxsparse.backends.table")
+    measured = table.table_for(device)
+    known: dict[int, float] = table.known_speedups(measured, n, k, dtype, has_bias, tokens, forms)
+    return known
 
 
 def can_compress(n: int, k: int, dtype: torch.dtype) -> str:

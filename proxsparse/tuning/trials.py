@@ -1,4 +1,4 @@
-"""The child process of `tuning.ChildWorker`: verifies and times candidates on a GPU.
+"""The child process of `choice.ChildWorker`: verifies and times candidates on a GPU.
 
     python -m proxsparse.tuning.trials DEVICE
 
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.backends import choice as tuning
-from proxsparse.backends import cuda as backend_cuda
+from proxsparse.backends import choice, executors, limits
+from proxsparse.backends.choice import Candidate, Cell
 from proxsparse.backends.cusparselt import extension as _cuda
-from proxsparse.backends.choice import Candidate, Cell, Outcome
+from proxsparse.tuning.search import Outcome
 
 # A candidate's error may be this much above dense's: relative, and in its largest entry. Rounding
 # differs with the order of summation; a wrong tile is orders of magnitude above.
@@ -77,30 +77,30 @@ class Bench:
     def candidates(self, cell: Cell) -> list[Candidate]:
         """What there is to try for the cell, without split-K variants."""
         self._prepare(cell)
-        found = [Candidate(name) for name in backend_cuda.RUNS if name != "dense"]
+        found = [Candidate(name) for name in executors.RUNS if name != "dense"]
         dtype = self._weights[0].dense.dtype
-        if not backend_cuda.can_decode(cell.k, cell.bucket, dtype, self._device):
-            count = len(backend_cuda.DECODE_LAYOUTS) if _cuda.has_decode else 0
-            layouts = range(tuning.LIBRARY_CHOICE, count)
+        if not limits.can_decode(cell.k, cell.bucket, dtype, self._device):
+            count = len(executors.DECODE_LAYOUTS) if _cuda.has_decode else 0
+            layouts = range(choice.LIBRARY_CHOICE, count)
             found += [Candidate("decode", layout) for layout in layouts]
-        if not backend_cuda.can_prefill(cell.n, cell.k, cell.bucket, dtype, self._device):
-            layouts = range(tuning.LIBRARY_CHOICE, len(backend_cuda.PREFILL_LAYOUTS))
+        if not limits.can_prefill(cell.n, cell.k, cell.bucket, dtype, self._device):
+            layouts = range(choice.LIBRARY_CHOICE, len(executors.PREFILL_LAYOUTS))
             found += [Candidate("prefill", layout) for layout in layouts]
         problem = _cuda.SparseLinear(
-            *(self._device, backend_cuda.CODES[dtype], cell.n, cell.k),
-            *(cell.has_bias, tuning.LIBRARY_CHOICE, 1, 0, False),
+            *(self._device, limits.CODES[dtype], cell.n, cell.k),
+            *(cell.has_bias, choice.LIBRARY_CHOICE, 1, 0, False),
         )
         padded = -(-cell.bucket // 8) * 8
         bias = 0 if self._bias is None else self._bias.data_ptr()
         count = problem.count_algorithms(padded, bias)
-        ids = (tuning.LIBRARY_CHOICE, *range(count))
+        ids = (choice.LIBRARY_CHOICE, *range(count))
         return found + [Candidate("cusparselt", algorithm) for algorithm in ids]
 
     def measure(self, cell: Cell, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
         """Verifies a candidate and times it beside dense, at one token count of the cell."""
         self._prepare(cell)
         weight = self._weights[0]
-        run = backend_cuda.executor(
+        run = executors.executor(
             candidate, self._device, weight.dense.dtype, cell.n, cell.k, self._bias
         )
         wrong = self._check(run, tokens)

@@ -1,0 +1,86 @@
+"""Calibration without data: text sampled from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from proxsparse.errors import ProxsparseError
+from proxsparse.models.precision import autocast
+
+_SAMPLING_TOKENS = 32768  # tokens per batch sampled from a model: bounds its key-value cache
+
+
+def text_config(model: nn.Module | None) -> Any:
+    """The model's config, or its text part where it has several; None without a model."""
+    config: Any = getattr(model, "config", None)
+    return config if config is None else config.get_text_config()
+
+
+@torch.no_grad()
+def sample_texts(
+    model: nn.Module | None, tokenizer: Any, num_samples: int, length: int, seed: int
+) -> Tensor:
+    """Blocks [num_samples, length] of the model's own text, at temperature 1.
+
+    A block begins with the beginning-of-text token, or with a random one where there is none, and
+    goes on through end-of-text tokens. All randomness comes from a generator of its own on the
+    model's device: the global state is untouched, and a seed gives the same text on the same
+    device.
+    """
+    if model is None:
+        raise ProxsparseError("calibration 'self' samples from the model: pass the model")
+    config = text_config(model)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    bos = getattr(config, "bos_token_id", None) if bos is None else bos
+    size = config.vocab_size if tokenizer is None else min(config.vocab_size, len(tokenizer))
+    per_batch = max(1, _SAMPLING_TOKENS // length)
+    was_training = model.training
+    model.eval()
+    blocks = []
+    total = num_samples * (length - 1)
+    bar = tqdm(total=total, desc="sampling", unit="token", disable=None, leave=False)
+    try:
+        for begin in range(0, num_samples, per_batch):
+            shape = (min(per_batch, num_samples - begin), 1)
+            if bos is None:
+                first = torch.randint(size, shape, generator=generator, device=device)
+            else:
+                first = torch.full(shape, bos, device=device)
+            blocks.append(_continue(model, first, length, generator, bar.update).cpu())
+    finally:
+        bar.close()
+        model.train(was_training)
+    return torch.cat(blocks)
+
+
+def _continue(
+    model: nn.Module,
+    tokens: Tensor,
+    length: int,
+    generator: torch.Generator,
+    progress: Callable[[int], Any],
+) -> Tensor:
+    """Sample until tokens [B, 1] have become [B, length]."""
+    sampled, cache = [tokens], None
+    for _ in range(length - 1):
+        with autocast(model):
+            output = model(input_ids=sampled[-1], past_key_values=cache, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        logits = output.logits[:, -1].float()
+        # Checked once: on a GPU every look waits for the device.
+        if len(sampled) == 1 and not torch.isfinite(logits).all():
+            raise ProxsparseError("calibration 'self': the model's logits are not finite")
+        if cache is None:
+            raise ProxsparseError(
+                f"calibration 'self': {type(model).__name__} keeps no key-value cache; give a text"
+            )
+        sampled.append(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        progress(tokens.shape[0])
+    return torch.cat(sampled, dim=1)

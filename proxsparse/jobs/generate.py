@@ -1,0 +1,105 @@
+"""A prompt continued by a model dense and sparse, side by side."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxsparse.errors import ProxsparseError
+from proxsparse.inference.decoding import decode_greedily
+from proxsparse.inference.sparse_linear import sparse_layers
+from proxsparse.inference.sparsify import densify_, sparsify_
+from proxsparse.models.loading import LoadedModel, load_model, resolve_device, state_bytes
+from proxsparse.ops import dispatch
+
+_BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+
+def generate(
+    model: str | os.PathLike[str],
+    prompt: str,
+    *,
+    max_new_tokens: int = 32,
+    compare: bool = True,
+    memory: str = "min",
+    compile: bool = False,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Continue a prompt greedily with a pruned model, dense and then sparse.
+
+    Args:
+        model: a checkpoint whose layers are 2:4, dense or packed; directory or Hub name.
+        prompt: the text to continue.
+        max_new_tokens: tokens to generate at most.
+        compare: whether to run the dense model too; it needs its memory.
+        memory: of the sparse layers, "min" or "fast", see `sparse_linear`.
+        compile: whether both runs fuse their small kernels with `torch.compile`.
+        device: "auto" or a torch device.
+
+    Returns:
+        {"device", "backend": what multiplies by sparse weights here, "sparse_layers": how many,
+        "runs": {"dense" and "sparse": {num_tokens, seconds, prefill_seconds: from the prompt to
+        the first token, tokens_per_second: of all, decode_tokens_per_second: of those after the
+        first (None when there are none), decoding: how, see `Decoded`, weight_bytes, text}},
+        "same_tokens": whether both runs agree (None without `compare`), "speedup": likewise, of
+        tokens_per_second}. Seconds include the reading of the prompt; what warms up comes before.
+
+    Raises:
+        ProxsparseError: no layer is 2:4, the prompt is empty, or max_new_tokens below 1.
+    """
+    where = resolve_device(device)
+    if max_new_tokens < 1:
+        raise ProxsparseError(f"--max-new-tokens is {max_new_tokens}: give at least 1")
+    loaded = load_model(model, where)
+    input_ids = loaded.tokenizer(prompt, return_tensors="pt").to(where)["input_ids"]
+    if input_ids.shape[-1] == 0:
+        raise ProxsparseError("the prompt is empty: give --prompt some text")
+    runs: dict[str, dict[str, Any]] = {}
+    if compare:
+        densify_(loaded.model)
+        runs["dense"] = _run(loaded, input_ids, max_new_tokens, compile)
+    report = sparsify_(loaded.model, memory=memory)
+    runs["sparse"] = _run(loaded, input_ids, max_new_tokens, compile)
+    tokens = [run.pop("tokens") for run in runs.values()]
+    speeds = [run["tokens_per_second"] for run in runs.values()]
+    return {
+        "device": str(where),
+        "backend": _backend(where),
+        "sparse_layers": len(report.sparse),
+        "runs": runs,
+        "same_tokens": tokens[0] == tokens[1] if compare else None,
+        "speedup": speeds[1] / speeds[0] if compare else None,
+    }
+
+
+def _run(
+    loaded: LoadedModel, input_ids: Tensor, max_new_tokens: int, compile: bool
+) -> dict[str, Any]:
+    model = loaded.model
+    decoded = decode_greedily(model, input_ids, max_new_tokens, compile=compile)
+    tokens = decoded.tokens[0]
+    seconds = decoded.prefill_seconds + decoded.decode_seconds
+    steps = decoded.num_steps
+    forms = [layer.memory_bytes() for layer in sparse_layers(model).values()]
+    return {
+        "tokens": tokens,
+        "num_tokens": len(tokens),
+        "seconds": seconds,
+        "prefill_seconds": decoded.prefill_seconds,
+        "tokens_per_second": len(tokens) / seconds,
+        "decode_tokens_per_second": steps / decoded.decode_seconds if steps else None,
+        "decoding": decoded.decoding,
+        "weight_bytes": state_bytes(model) + sum(f["compressed"] + f["dense"] for f in forms),
+        "text": loaded.tokenizer.decode(tokens, skip_special_tokens=True),
+    }
+
+
+def _backend(device: torch.device) -> str:
+    """The backend of the sparse product on this device."""
+    for backend in _BACKENDS.get(device.type, ()):
+        if not isinstance(dispatch.implementation("sparse_linear", backend), str):
+            return backend
+    return "reference"
