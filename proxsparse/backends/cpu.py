@@ -23,7 +23,7 @@ except ImportError as error:
     _reason = _note.read_text().strip() if _note.exists() else str(error)
     raise ImportError(f"the C++ extension was not built: {_reason}") from error
 
-# The codes of `Dtype` in csrc/cpu/common.h.
+# The codes of `Dtype` in csrc/cpu/tensor_view.h.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 

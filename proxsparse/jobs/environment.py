@@ -57,7 +57,7 @@ def _describe_cuda() -> dict[str, str]:
     reason = note.read_text().strip() if note.exists() else "not compiled"
     description = {
         "extension": "yes",
-        "kernels": "yes" if cusparselt.extension.has_decode else f"no: {reason}",
+        "kernels": "yes" if cusparselt.extension.has_kernels else f"no: {reason}",
     }
     found = cusparselt.find_library()
     if isinstance(found, str):

@@ -80,7 +80,7 @@ class Bench:
         found = [Candidate(name) for name in executors.RUNS if name != "dense"]
         dtype = self._weights[0].dense.dtype
         if not limits.can_decode(cell.k, cell.bucket, dtype, self._device):
-            count = len(executors.DECODE_LAYOUTS) if _cuda.has_decode else 0
+            count = len(executors.DECODE_LAYOUTS) if _cuda.has_kernels else 0
             layouts = range(choice.LIBRARY_CHOICE, count)
             found += [Candidate("decode", layout) for layout in layouts]
         if not limits.can_prefill(cell.n, cell.k, cell.bucket, dtype, self._device):
