@@ -32,6 +32,11 @@ ROOT = Path(__file__).parents[1]
 HEADER = (ROOT / "csrc/cuda/cusparselt_api.h").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("op", ["sparse_linear", "sparse_linear_group", "compress_2to4"])
+def test_the_backend_has_its_ops(op: str) -> None:
+    assert callable(dispatch.implementation(op, "cuda"))
+
+
 @pytest.mark.parametrize(
     ("has_kernels", "capability", "expected"),
     [(True, (9, 0), 64), (True, (8, 0), 16), (True, (10, 0), 16), (False, (9, 0), 0)],

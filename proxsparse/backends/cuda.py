@@ -36,8 +36,11 @@ from proxsparse.backends.limits import (
     can_prefill,
 )
 from proxsparse.backends.stream_memory import current_stream
-from proxsparse.backends.weight_forms import aligned, is_aligned
+from proxsparse.backends.weight_forms import aligned, compress_2to4_cuda, is_aligned
 from proxsparse.errors import ProxsparseError
+
+# `ops` finds the op STEM here as STEM_cuda.
+__all__ = ["compress_2to4_cuda", "sparse_linear_cuda", "sparse_linear_group_cuda"]
 
 _log = logging.getLogger(__name__)
 
