@@ -30,7 +30,6 @@ from proxsparse.backends.cusparselt import extension as _cuda
 from proxsparse.backends.executors import RUNS, Decode, Kernel, Run, executor, is_right
 from proxsparse.backends.limits import (
     CODES,
-    MAX_DECODE_TOKENS,
     can_compress,
     can_decode,
     can_prefill,
@@ -38,6 +37,7 @@ from proxsparse.backends.limits import (
 from proxsparse.backends.stream_memory import current_stream
 from proxsparse.backends.weight_forms import aligned, compress_2to4_cuda, is_aligned
 from proxsparse.errors import ProxsparseError
+from proxsparse.ops.reference import MAX_DECODE_TOKENS
 
 # `ops` finds the op STEM here as STEM_cuda.
 __all__ = ["compress_2to4_cuda", "sparse_linear_cuda", "sparse_linear_group_cuda"]

@@ -8,11 +8,12 @@ import torch
 
 from proxsparse.backends import cusparselt
 from proxsparse.backends.cusparselt import extension as _cuda
+from proxsparse.ops.reference import MAX_DECODE_TOKENS
 
 # The codes of `ValueType` in csrc/cuda/cusparselt_product.h.
 CODES = {torch.bfloat16: 0, torch.float16: 1}
 _MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structured weight
-MAX_DECODE_TOKENS, MAX_HOPPER_TOKENS = 64, 256  # of the kernels for few tokens
+MAX_HOPPER_TOKENS = 256  # of the kernel for few tokens on Hopper; elsewhere MAX_DECODE_TOKENS
 _DECODE_MULTIPLE = 64  # that our kernels need of in_features
 _PREFILL_MULTIPLE = 8  # and the one for many tokens of out_features
 

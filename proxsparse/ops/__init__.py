@@ -22,6 +22,7 @@ from torch import Tensor
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import reference
 from proxsparse.ops.dispatch import BACKENDS, forced_backend, implementation, use_backend
+from proxsparse.ops.reference import MAX_DECODE_TOKENS
 from proxsparse.ops.schemas import OPS
 
 __all__ = [
@@ -51,7 +52,6 @@ __all__ = [
     "use_backend",
 ]
 
-MAX_DECODE_TOKENS = 64
 
 _op = torch.ops.proxsparse
 

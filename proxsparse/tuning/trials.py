@@ -26,6 +26,7 @@ from proxsparse import ops
 from proxsparse.backends import choice, executors, limits
 from proxsparse.backends.choice import Candidate, Cell
 from proxsparse.backends.cusparselt import extension as _cuda
+from proxsparse.ops.cuda_graph import recording
 from proxsparse.tuning.search import Outcome
 
 # A candidate's error may be this much above dense's: relative, and in its largest entry. Rounding
@@ -215,8 +216,7 @@ def _capture(run: Callable[[_Weight], Tensor], weights: Sequence[_Weight]) -> to
     with torch.cuda.stream(stream):
         run(weights[0])
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(stream) as graph:
         for weight in weights:
             run(weight)
     graph.replay()
