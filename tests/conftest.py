@@ -6,12 +6,15 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from proxsparse.ops import OPS
+from proxsparse.ops.dispatch import implementation, use_backend
 
 # On tensors this small a second thread only waits, for a second a call when cores are shared.
 torch.set_num_threads(1)
@@ -23,6 +26,31 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROXSPARSE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def _places(dtypes: Sequence[torch.dtype]) -> list[Any]:
+    return [
+        ("reference", torch.float64),
+        *(("reference", dtype) for dtype in dtypes),
+        *(("cpu", dtype) for dtype in dtypes),
+        *(pytest.param(("triton", dtype), marks=pytest.mark.gpu) for dtype in dtypes),
+    ]
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Runs a test of the op that its file is named after on one backend.
+
+    Yields:
+        The device and dtype that its tensors must have there.
+    """
+    backend, dtype = request.param
+    stem = request.path.stem.removeprefix("test_")
+    op = stem if stem in OPS else f"{stem}_"
+    if isinstance(found := implementation(op, backend), str):
+        pytest.skip(found)
+    with use_backend(backend):
+        yield {"device": "cuda" if backend == "triton" else "cpu", "dtype": dtype}
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +130,9 @@ TINY_MODELS = tuple(_CONFIGS)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes `tiny_model_name` once for each of TINY_MODELS."""
+    """Run a test once for each of TINY_MODELS, or on every backend, if it asks for one."""
+    if "place" in metafunc.fixturenames:  # in the DTYPES of its file
+        metafunc.parametrize("place", _places(metafunc.module.DTYPES), indirect=True, ids=str)
     if "tiny_model_name" in metafunc.fixturenames:
         metafunc.parametrize("tiny_model_name", TINY_MODELS)
 
@@ -149,7 +179,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """With PROXSPARSE_REQUIRE_GPU=1 a skipped GPU test fails, lest CI pass by accident."""
+    """With PROXSPARSE_REQUIRE_GPU=1 a skipped GPU test fails: none is left out by accident."""
     outcome = yield
     report = outcome.get_result()
     is_gpu_test = any(item.get_closest_marker(name) for name in ("gpu", "sparse_tc"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,29 +12,11 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import gate_update_
-from proxsparse.ops.dispatch import implementation, use_backend
 from proxsparse.ops.reference import mask_2to4, prox_2to4
 
+DTYPES = (torch.float32,)  # of `place`, beside float64 on the reference
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 5e-6}
 BETAS, EPS = (0.9, 0.999), 1e-8
-
-
-@pytest.fixture(
-    params=[
-        ("reference", torch.float64),
-        ("reference", torch.float32),
-        ("cpu", torch.float32),
-        pytest.param(("triton", torch.float32), marks=pytest.mark.gpu),
-    ],
-    ids=str,
-)
-def place(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Runs a test on one backend; the device and dtype its tensors must have."""
-    backend, dtype = request.param
-    if isinstance(found := implementation("gate_update_", backend), str):
-        pytest.skip(found)
-    with use_backend(backend):
-        yield {"device": "cuda" if backend == "triton" else "cpu", "dtype": dtype}
 
 
 def literal_prior(w0: Tensor, act_norm: Tensor) -> Tensor:

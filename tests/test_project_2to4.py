@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,28 +10,9 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import is_2to4, mask_2to4, project_2to4
-from proxsparse.ops.dispatch import implementation, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@pytest.fixture(
-    params=[
-        ("reference", torch.float64),
-        *(("reference", dtype) for dtype in DTYPES),
-        *(("cpu", dtype) for dtype in DTYPES),
-        *(pytest.param(("triton", dtype), marks=pytest.mark.gpu) for dtype in DTYPES),
-    ],
-    ids=str,
-)
-def place(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Runs a test on one backend; the device and dtype its tensors must have."""
-    backend, dtype = request.param
-    if isinstance(found := implementation("project_2to4", backend), str):
-        pytest.skip(found)
-    with use_backend(backend):
-        yield {"device": "cuda" if backend == "triton" else "cpu", "dtype": dtype}
 
 
 def bits(x: Tensor) -> Tensor:

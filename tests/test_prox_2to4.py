@@ -8,7 +8,6 @@ on four entries, and the 2-sparse candidate. Fast backends are then held against
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,29 +18,10 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import project_2to4, prox_2to4, reference
-from proxsparse.ops.dispatch import implementation, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAMBDAS = tuple(10 ** (-4 + 5 * i / 24) for i in range(25))  # 1e-4 ... 10, for groups of sigma 1
 MAX_SWEEPS = 3000
-
-
-@pytest.fixture(
-    params=[
-        ("reference", torch.float64),
-        *(("reference", dtype) for dtype in DTYPES),
-        *(("cpu", dtype) for dtype in DTYPES),
-        *(pytest.param(("triton", dtype), marks=pytest.mark.gpu) for dtype in DTYPES),
-    ],
-    ids=str,
-)
-def place(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Runs a test on one backend; the device and dtype its tensors must have."""
-    backend, dtype = request.param
-    if isinstance(found := implementation("prox_2to4", backend), str):
-        pytest.skip(found)
-    with use_backend(backend):
-        yield {"device": "cuda" if backend == "triton" else "cpu", "dtype": dtype}
 
 
 def objective(w: Tensor, z: Tensor, lam: float | Tensor) -> Tensor:

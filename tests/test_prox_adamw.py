@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,29 +11,11 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import prox_2to4, prox_adamw_, reference
-from proxsparse.ops.dispatch import implementation, use_backend
 
 # Of one update, relative to the size of the weights: fused kernels use approximate reciprocals.
+DTYPES = (torch.float32,)  # of `place`, beside float64 on the reference
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 STEPS = 5
-
-
-@pytest.fixture(
-    params=[
-        ("reference", torch.float64),
-        ("reference", torch.float32),
-        ("cpu", torch.float32),
-        pytest.param(("triton", torch.float32), marks=pytest.mark.gpu),
-    ],
-    ids=str,
-)
-def place(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Runs a test on one backend; the device and dtype its tensors must have."""
-    backend, dtype = request.param
-    if isinstance(found := implementation("prox_adamw_", backend), str):
-        pytest.skip(found)
-    with use_backend(backend):
-        yield {"device": "cuda" if backend == "triton" else "cpu", "dtype": dtype}
 
 
 def states(p: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,6 +264,14 @@ def test_refuses_what_it_cannot(
     x, _, values, codes = make(m, 16, k, torch.bfloat16)
     with pytest.raises(AssertionError, match=message):
         emulate(x, values, codes, device=BLACKWELL)
+
+
+def test_the_limit_is_the_same_everywhere() -> None:
+    root = Path(__file__).parents[1]
+    header = (root / "csrc/cuda/sparse_linear_decode.h").read_text(encoding="utf-8")
+    stand_in = (root / "kernels/sparse_linear_decode.py").read_text(encoding="utf-8")
+    assert f"kMaxDecodeTokens = {ops.MAX_DECODE_TOKENS}," in header
+    assert f"MAX_TOKENS = {ops.MAX_DECODE_TOKENS}\n" in stand_in
 
 
 def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
