@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -330,9 +330,25 @@ def advise(
         f"weights {_size(whole['dense_bytes'])} -> {_size(whole['packed_bytes'])}",
         highlight=False,
     )
+    for line in _tuning_lines(result["tuning"]):
+        console.print(line, highlight=False, markup=False)
     for name, reason in result["left_dense"].items():
         console.print(f"left dense: {name} ({reason})", highlight=False)
     return result
+
+
+def _tuning_lines(tuning: dict[str, Any] | None) -> Iterator[str]:
+    """What the tuner did, and what it could not measure or must not use."""
+    if tuning is None:
+        return
+    yield (
+        f"tuning: {tuning['num_measured']} cells measured, {tuning['num_known']} known before, "
+        f"{tuning['num_late']} left to the rule when the time was up"
+    )
+    for cell, reason in tuning["problems"].items():
+        yield f"not measured: {cell} ({reason})"
+    for candidate, reason in tuning["banned"].items():
+        yield f"not used: {candidate} ({reason})"
 
 
 @_command

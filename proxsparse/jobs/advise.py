@@ -8,6 +8,7 @@ each by a known factor. Which of the two binds depends on the GPU and the number
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -56,7 +57,8 @@ def advise(
         byte_limit: {tokens: x}, operation_limit: x, speedup: {tokens: x} or None},
         "model": the same for all layers and what stays dense, {dense_bytes, packed_bytes,
         byte_limit: x for weights alone, operation_limit: x, speedup},
-        "left_dense": {name: reason}}. Experts count as if all of them were read; attention and its
+        "tuning": what the tuner did, the fields of `tuning.tune.Report`, or None where nothing was
+        measured, "left_dense": {name: reason}}. Experts count as if all of them were read; attention and its
         cache are left out.
 
     Raises:
@@ -81,8 +83,9 @@ def advise(
         counts[n, k] = counts.get((n, k), 0) + 1
     measured = where.type == "cuda"
     times: _Times = {}
+    report = None
     if measured:
-        _tune(list(counts), tokens, dtype, where)
+        report = _tune(list(counts), tokens, dtype, where)
         times |= {shape: measure(*shape, tokens, dtype, where) for shape in counts}
 
     size = dtype.itemsize
@@ -123,6 +126,7 @@ def advise(
             "operation_limit": (rest + dense_bytes) / (rest + dense_bytes / OPERATION_LIMIT),
             "speedup": speedup,
         },
+        "tuning": None if report is None else dataclasses.asdict(report),
         "left_dense": left_dense,
     }
 
@@ -132,15 +136,16 @@ def _tune(
     tokens: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-) -> None:
+) -> tune.Report | None:
     """Lets the sparse layers find what to run on first, as far as `_TUNING_SECONDS` reach.
 
     What was found before, and what is found now, is kept for the layers of this machine.
     """
     layers = [(n, k, False) for n, k in shapes if not ops.can_compress(n, k, dtype)]
-    if layers:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        tune.tune_layers(layers, tokens, dtype=dtype, device=index, seconds=_TUNING_SECONDS)
+    if not layers:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return tune.tune_layers(layers, tokens, dtype=dtype, device=index, seconds=_TUNING_SECONDS)
 
 
 def measure(
