@@ -1,4 +1,4 @@
-"""A whole model, dense and then sparse: reading a prompt, decoding, memory, conversion, logits.
+"""A whole model, dense and then sparse: prefill, decode, memory, conversion, logits.
 
     python benchmarks/bench_model.py [--memory min|fast] [--batches B ...] [--tokens M]
         [--no-compile] [--tune-seconds S] [--config FILE] [--out DIR]
@@ -48,7 +48,7 @@ from proxsparse.tuning.tune import tune_layers
 
 PROMPT = 128  # tokens read before decoding is timed
 LOGITS_KEPT = 64  # positions compared, at most
-SETTLE_SECONDS = 2.0  # of reading prompts, until the clocks of a GPU are what they stay at
+SETTLE_SECONDS = 2.0  # of prefill, until a GPU's clocks settle
 WRONG_FROM = 0.1  # rounding moves logits by some hundredths, a wrong product by about 1
 
 
@@ -140,7 +140,7 @@ def relative(difference: Tensor, reference: Tensor) -> float:
 def time_prefill(
     model: Any, blocks: Sequence[nn.Module], kind: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Times reading one prompt with the model as it is."""
+    """Times the prefill of one prompt with the model as it is."""
     x = random_tokens(model, 1, args.tokens)
 
     def read() -> None:

@@ -149,7 +149,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """With PROXSPARSE_REQUIRE_GPU=1 a skipped GPU test fails, lest CI pass by accident."""
+    """With PROXSPARSE_REQUIRE_GPU=1 a skipped GPU test fails: CI must not pass by accident."""
     outcome = yield
     report = outcome.get_result()
     is_gpu_test = any(item.get_closest_marker(name) for name in ("gpu", "sparse_tc"))

@@ -44,8 +44,8 @@ def advise(
 
     Args:
         model: directory or name on the Hub, pruned, packed or dense; no weight is read.
-        tokens: numbers of tokens in one call: the batch size when generating, all tokens of the
-            prompts when reading them.
+        tokens: numbers of tokens in one call: the batch size while decoding, all tokens of
+            the prompts in prefill.
         targets: patterns of layers, see `find_targets`.
         ignore: patterns of layers that stay dense.
         device: "auto" or a torch device; only a CUDA device is measured.
