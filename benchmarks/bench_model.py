@@ -6,18 +6,18 @@
 
 The model has Llama-3.1-8B's shape and random weights, made on the device. It is timed dense, then
 pruned to 2:4 in place, then made sparse. In between, masked, that is as a dense model with zeros,
-it computes what the sparse one does: its logits are the reference, and it reads the prompt too,
+it computes what the sparse one does: its logits are the reference, and its prefill is timed too,
 because multiplying by zeros takes less power, and so a GPU at its power limit is faster at it.
 
 All run on the same stack: transformers, its sdpa attention, and for decoding
 `proxsparse.inference.decoding.Decoder`, on a GPU as a CUDA graph. torch.compile fuses small kernels
 in all of them (in the sparse model also products of one input): of a decode step as a whole, of a
 prompt in each decoder block, because what is decided before the blocks, as that no mask is needed,
-is decided differently while all of it is traced. Reading prompts takes a GPU to its power limit,
-which lowers its clocks: they are given time to settle before a prompt is timed. A decode step
-cannot be faster than its weights and its cache can be read, dense or packed; these limits are
-printed beside what was measured. Logits are compared without torch.compile; the yardstick is how
-far the masked model's move when a second sequence joins the batch.
+is decided differently while all of it is traced. Prefill takes a GPU to its power limit, which
+lowers its clocks: they are given time to settle before it is timed. A decode step cannot be faster
+than its weights and its cache can be loaded, dense or packed; these limits are printed beside what
+was measured. Logits are compared without torch.compile; the yardstick is how far the masked
+model's move when a second sequence joins the batch.
 """
 
 from __future__ import annotations
