@@ -256,7 +256,7 @@ class NinjaBuild(build_ext):
             sources = [source for source in sources if not is_cuda(source)]
             ldflags += " -ldl"
         else:
-            cflags = [*cflags, "-DPROXSPARSE_HAS_DECODE"]
+            cflags = [*cflags, "-DPROXSPARSE_HAS_KERNELS"]
             linker, ldflags = shlex.quote(nvcc), CUDA_LINK_FLAGS + " -ldl"
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ scale sigma is 1 by construction.
 from __future__ import annotations
 
 import torch
-from fused_update import IN_FEATURES, FusedUpdate, check_prox, main
+from harness_update import IN_FEATURES, FusedUpdate, check_prox, main
 from torch import Tensor
 
 from proxsparse.ops import reference

@@ -1,6 +1,6 @@
 """A whole model, dense and then sparse: prefill, decode, memory, conversion, logits.
 
-    python benchmarks/bench_model.py [--memory min|fast] [--batches B ...] [--tokens M]
+    python benchmarks/bench_model.py [--keep-dense] [--batches B ...] [--tokens M]
         [--no-compile] [--tune-seconds S] [--config FILE] [--out DIR]
     python benchmarks/bench_model.py --tiny        # the same on a toy, anywhere
 
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from proxsparse import ops, sparsify_
 from proxsparse.inference.decoding import Decoder
-from proxsparse.inference.sparse_linear import MEMORY, sparse_layers
+from proxsparse.inference.sparse_linear import sparse_layers
 from proxsparse.models.loading import build_model, state_bytes
 from proxsparse.models.targets import find_targets
 from proxsparse.tuning.tune import tune_layers
@@ -216,7 +216,7 @@ def row_of(
     return row
 
 
-def convert(model: Any, memory: str) -> dict[str, float | None]:
+def convert(model: Any, keep_dense: bool) -> dict[str, float | None]:
     """Makes the model sparse; seconds, and the memory it took beside the dense model.
 
     Seconds include the first use of every kernel involved.
@@ -229,7 +229,7 @@ def convert(model: Any, memory: str) -> dict[str, float | None]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     began = time.perf_counter()
-    report = sparsify_(model, memory=memory)
+    report = sparsify_(model, keep_dense=keep_dense)
     if is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
@@ -288,7 +288,7 @@ def draw(measured: dict[str, float], limits: dict[str, float], path: Path) -> No
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory", choices=MEMORY, default="min", help="of the sparse layers")
+    parser.add_argument("--keep-dense", action="store_true", help="hold the dense weights too")
     parser.add_argument("--tokens", type=int, default=4096, help="of the prompt that is read")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="for decoding")
     parser.add_argument("--steps", type=int, default=64, help="decoded in a round")
@@ -336,7 +336,7 @@ def main() -> None:
         kept, x = min(count, LOGITS_KEPT), random_tokens(model, 2, count)
         alone, joined = last_logits(model, x[:1], kept)[0], last_logits(model, x, kept)[0]
         before.append((x[:1], alone, joined))
-    conversion = convert(model, args.memory)
+    conversion = convert(model, args.keep_dense)
     logits = [
         compare(alone, joined, last_logits(model, x, len(alone))[0], x.shape[1])
         for x, alone, joined in before

@@ -9,7 +9,7 @@ once more and waits for the answer.
 from __future__ import annotations
 
 import torch
-from one_pass import OnePass, main
+from harness_one_pass import OnePass, main
 from torch import Tensor
 
 from proxsparse import ops

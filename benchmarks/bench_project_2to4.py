@@ -6,7 +6,7 @@ python benchmarks/bench_project_2to4.py [--shapes 4096x4096 ...] [--quick] [--ou
 from __future__ import annotations
 
 import torch
-from one_pass import OnePass, main
+from harness_one_pass import OnePass, main
 from torch import Tensor
 
 from proxsparse import ops

@@ -10,7 +10,7 @@ published settings; with weights of sigma 0.02, lam*sigma is 0.005 to 0.4.
 from __future__ import annotations
 
 import torch
-from one_pass import OnePass, main
+from harness_one_pass import OnePass, main
 from torch import Tensor
 
 from proxsparse import ops

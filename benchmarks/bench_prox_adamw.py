@@ -6,7 +6,7 @@ python benchmarks/bench_prox_adamw.py [--log2-size 24] [--dtype bfloat16] [--qui
 from __future__ import annotations
 
 import torch
-from fused_update import IN_FEATURES, FusedUpdate, check_prox, main
+from harness_update import IN_FEATURES, FusedUpdate, check_prox, main
 from torch import Tensor
 
 

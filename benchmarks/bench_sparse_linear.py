@@ -102,7 +102,7 @@ class Case:
         return weight.masked(self.x)
 
     def ours(self, weight: Weight) -> Tensor:
-        """Runs SparseLinear, with memory="fast"."""
+        """Runs SparseLinear, with keep_dense=True."""
         return weight.sparse(self.x)
 
     def theirs_eager(self, weight: Weight) -> Tensor:
@@ -244,7 +244,9 @@ def make_weights(n: int, k: int, bias: Tensor | None, dtype: torch.dtype) -> lis
         w = (torch.randn(n, k, device="cuda") / math.sqrt(k)).to(dtype)
         dense, masked = linear_of(w, bias), linear_of(ops.project_2to4(w), bias)
         theirs = torch.sparse.to_sparse_semi_structured(masked.weight.data)
-        weights.append(Weight(dense, masked, SparseLinear.from_linear(masked, "fast"), theirs))
+        weights.append(
+            Weight(dense, masked, SparseLinear.from_linear(masked, keep_dense=True), theirs)
+        )
     return weights
 
 

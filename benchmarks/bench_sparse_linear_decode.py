@@ -54,7 +54,7 @@ def backends(n: int, k: int, x: Tensor) -> dict[str, Callable[[Weight], Tensor]]
 
     found: dict[str, Callable[[Weight], Tensor]] = {}
     device, dtype = x.get_device(), x.dtype
-    if backend_cuda._cuda.has_decode and k % 64 == 0:
+    if backend_cuda._cuda.has_kernels and k % 64 == 0:
         hopper = torch.cuda.get_device_capability() >= (9, 0)
         for layout in ((0, 0, 0), *executors.DECODE_LAYOUTS):
             if layout[2] > 1 and not hopper:

@@ -16,8 +16,8 @@ import sys
 import torch
 from bench_gate_update import UPDATE as GATE_UPDATE
 from bench_prox_adamw import UPDATE as PROX_ADAMW
-from fused_update import DTYPES, LAMBDAS, MEASURED
 from harness import copy_bandwidth, time_interleaved
+from harness_update import DTYPES, LAMBDAS, MEASURED
 
 TILES = ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4))
 

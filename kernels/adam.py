@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .group import reciprocal, reciprocal_root, square_root
+from .arithmetic import reciprocal, reciprocal_root, square_root
 
 
 @triton.jit

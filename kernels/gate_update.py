@@ -14,18 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .adam import adam, bias_corrections
-from .gate_project import columns, gate_prior, keep_best
-from .group import (
-    ALL,
-    join_group,
-    prox_group,
-    reciprocal,
-    round_to,
-    scalar,
-    split_group,
-    square_root,
-    widen,
-)
+from .arithmetic import ALL, reciprocal, round_to, scalar, square_root, widen
+from .gates import columns, gate_prior, keep_best
+from .group import join_group, split_group
 from .launch import (
     UPDATE_BLOCK,
     UPDATE_NUM_WARPS,
@@ -35,6 +26,7 @@ from .launch import (
     vector_width,
 )
 from .rounding import QUANTUM_BLOCK, dequantize, quantize, random_bits, uniform
+from .solver import prox_group
 
 
 @triton.jit(do_not_specialize=["seed"])

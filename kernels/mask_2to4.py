@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import as_bits, keep_two, magnitude
+from .exact import as_bits, keep_two, magnitude
 from .group import join_group, split_group
 from .launch import BLOCK, NUM_WARPS, on_device, vector_width
 

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group import join_group, prox_group, round_to, scalar, split_group, widen
+from .arithmetic import round_to, scalar, widen
+from .group import join_group, split_group
 from .launch import BLOCK, NUM_WARPS, by_value, on_device, solver_steps, vector_width
+from .solver import prox_group
 
 
 @triton.jit

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .adam import adam, bias_corrections
-from .group import join_group, prox_group, reciprocal, round_to, scalar, split_group, widen
+from .arithmetic import reciprocal, round_to, scalar, widen
+from .group import join_group, split_group
 from .launch import (
     UPDATE_BLOCK,
     UPDATE_NUM_WARPS,
@@ -19,6 +20,7 @@ from .launch import (
     vector_width,
 )
 from .rounding import random_bits, round_stochastic
+from .solver import prox_group
 
 
 @triton.jit(do_not_specialize=["seed"])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group import INTERPRETED, round_to
+from .arithmetic import INTERPRETED, round_to
 from .launch import on_device
 
 BLOCK_N, BLOCK_K, NUM_WARPS = 16, 256, 4

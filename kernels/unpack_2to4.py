@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import as_bits
+from .exact import as_bits
 from .group import join_group, split_group
 from .launch import BLOCK, NUM_WARPS, on_device
 from .pack_2to4 import code_tile

@@ -38,11 +38,12 @@ app = typer.Typer(
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 _Output = Annotated[str, typer.Option("--output", "-o", help="Directory to create.")]
 
-_Memory = Annotated[
-    str,
+_KeepDense = Annotated[
+    bool,
     typer.Option(
-        help="min keeps the packed weights only; fast also the dense ones, so that no number of "
-        "tokens need be slower than dense."
+        "--keep-dense",
+        help="Hold the dense weights beside the packed ones, so that no number of tokens need be "
+        "slower than dense.",
     ),
 ]
 
@@ -213,7 +214,7 @@ def pack(
     model: Annotated[str, typer.Argument(help="A pruned model, directory or Hub name.")],
     *,
     output: _Output,
-    memory: _Memory = "min",
+    keep_dense: _KeepDense = False,
     console: Console,
 ) -> dict[str, Any]:
     """Store the 2:4 layers of a pruned model packed: 9/16 of their bytes in 16 bits.
@@ -227,7 +228,7 @@ def pack(
     from proxsparse.jobs.pack import pack as run
 
     _quiet_transformers()
-    result = run(model, output, memory=memory)
+    result = run(model, output, keep_dense=keep_dense)
     for name, reason in result["left_dense"].items():
         console.print(f"left dense: {name} ({reason})", highlight=False)
     dense, packed = result["dense_bytes"], result["packed_bytes"]
@@ -343,7 +344,7 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare/--sparse-only", help="Run the dense model first, too.")
     ] = True,
-    memory: _Memory = "min",
+    keep_dense: _KeepDense = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Fuse small kernels first; takes a minute or more.")
     ] = False,
@@ -364,7 +365,7 @@ def generate(
         prompt,
         max_new_tokens=max_new_tokens,
         compare=compare,
-        memory=memory,
+        keep_dense=keep_dense,
         compile=compile,
         device=device,
     )

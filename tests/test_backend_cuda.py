@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.backends import choice, executors, stream_memory, table
+from proxsparse.backends import choice, table
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import dispatch, reference
 from proxsparse.tuning import tune
@@ -24,20 +24,27 @@ from proxsparse.tuning import tune
 cusparselt = pytest.importorskip(
     "proxsparse.backends.cusparselt", reason="the extension was not built"
 )
+executors = pytest.importorskip("proxsparse.backends.executors", reason="not built")
+stream_memory = pytest.importorskip("proxsparse.backends.stream_memory", reason="not built")
 backend_cuda = pytest.importorskip("proxsparse.backends.cuda", reason="the extension was not built")
 
 ROOT = Path(__file__).parents[1]
-HEADER = (ROOT / "csrc/cuda/cusparselt.h").read_text(encoding="utf-8")
+HEADER = (ROOT / "csrc/cuda/cusparselt_api.h").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("op", ["sparse_linear", "sparse_linear_group", "compress_2to4"])
+def test_the_backend_has_its_ops(op: str) -> None:
+    assert callable(dispatch.implementation(op, "cuda"))
 
 
 @pytest.mark.parametrize(
-    ("has_decode", "capability", "expected"),
+    ("has_kernels", "capability", "expected"),
     [(True, (9, 0), 64), (True, (8, 0), 16), (True, (10, 0), 16), (False, (9, 0), 0)],
 )
 def test_few_tokens_are_preferred_unseen_where_they_were_seen_to_win(
-    has_decode: bool, capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
+    has_kernels: bool, capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_cuda._cuda, "has_decode", has_decode)
+    monkeypatch.setattr(backend_cuda._cuda, "has_kernels", has_kernels)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert backend_cuda._decode_beats_dense_up_to.__wrapped__(0) == expected
 
@@ -61,7 +68,7 @@ def load(path: str | Path | None, code: str = "print(cusparselt.library())") -> 
     environment.pop("PROXSPARSE_CUSPARSELT", None)
     if path is not None:
         environment["PROXSPARSE_CUSPARSELT"] = str(path)
-    command = [sys.executable, "-c", f"from proxsparse import cusparselt\n{code}"]
+    command = [sys.executable, "-c", f"from proxsparse.backends import cusparselt\n{code}"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     return done.stdout + done.stderr
 
@@ -269,7 +276,7 @@ def run(layer, tokens=8, bias=0, workspace=64, weight=100):
         "PROXSPARSE_CUSPARSELT": str(library),
         "LD_LIBRARY_PATH": str(folder),
     }
-    command = [sys.executable, "-uc", f"from proxsparse import cusparselt{setup}{code}"]
+    command = [sys.executable, "-uc", f"from proxsparse.backends import cusparselt{setup}{code}"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()

@@ -160,9 +160,7 @@ def test_generate_shows_both_speeds_and_the_backend(pruned: Path) -> None:
     text = " ".join(run(*arguments, "--device", "cpu").output.split())
     assert "dense" in text and "tokens/s" in text and "the tokens of dense and sparse agree" in text
     assert "multiplied by the reference backend" in text and "correct, not fast" in text
-    alone = last_json(
-        run(*arguments, "--device", "cpu", "--sparse-only", "--memory=fast", "--json")
-    )
+    alone = last_json(run(*arguments, "--device", "cpu", "--sparse-only", "--keep-dense", "--json"))
     assert list(alone["runs"]) == ["sparse"] and alone["same_tokens"] is None
     assert "the prompt is empty" in run("generate", str(pruned), "--prompt", "").stderr
     refused = run(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from proxsparse import ProxsparseError, SparseLinear, densify_, ops, sparsify_
+from proxsparse.inference.sparse_linear import sparse_layers
 from proxsparse.models.targets import find_targets
 
 TinyModel = Callable[[str], Any]
@@ -73,7 +74,7 @@ def test_config_names_the_layers(packed: Any) -> None:
     assert entry == {
         "quant_method": "proxsparse",
         "format_version": 1,
-        "memory": "min",
+        "keep_dense": False,
         "layers": sparse_names(model),
     }
 
@@ -122,17 +123,27 @@ def test_disk_offload(packed: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(load(directory)))
 
 
-def test_memory_fast_is_saved_and_builds_the_dense_form(
+def test_keep_dense_is_saved_and_builds_the_dense_form(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     model = prune_(tiny_model("gpt2"))
-    sparsify_(model, memory="fast")
+    sparsify_(model, keep_dense=True)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     layer = loaded.get_submodule(sparse_names(loaded)[0])
-    assert layer.memory == "fast" and torch.equal(
-        layer.dense, ops.unpack_2to4(layer.values, layer.codes)
-    )
+    assert layer.keep_dense and torch.equal(layer.dense, ops.unpack_2to4(layer.values, layer.codes))
+
+
+@pytest.mark.parametrize(("memory", "keep_dense"), [("min", False), ("fast", True)])
+def test_configs_of_earlier_versions_are_read(packed: Any, memory: str, keep_dense: bool) -> None:
+    _, directory = packed
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]["keep_dense"]
+    config["quantization_config"]["memory"] = memory
+    (directory / "config.json").write_text(json.dumps(config))
+    loaded = load(directory)
+    assert all(layer.keep_dense == keep_dense for layer in sparse_layers(loaded).values())
+    assert "memory" not in loaded.config.to_dict()["quantization_config"]
 
 
 def test_dequantize_is_densify(packed: Any) -> None:
@@ -171,7 +182,8 @@ def test_corrupt_codes_are_refused(packed: Any) -> None:
     ("change", "message"),
     [
         ({"format_version": 2}, "packed in format 2, this proxsparse reads 1"),
-        ({"memory": "max"}, "memory is 'max'"),
+        ({"memory": "max"}, "memory is 'max': it must be min or fast"),
+        ({"keep_dense": "yes"}, "keep_dense is 'yes': it must be True or False"),
         (
             {"layers": ["model.layers.9.mlp.up_proj"]},
             "layers.9.mlp.up_proj does not exist in Llama",

@@ -97,11 +97,11 @@ def test_inspect_and_eval_read_it(pruned: Path, packed: Any, tmp_path: Path) -> 
 
 def test_a_partly_pruned_model_names_what_stays_dense(tmp_path: Path) -> None:
     proxsparse.prune(DEMO, tmp_path / "part", method="magnitude", ignore=("down_proj",))
-    result = pack(tmp_path / "part", tmp_path / "packed", memory="fast")
+    result = pack(tmp_path / "part", tmp_path / "packed", keep_dense=True)
     assert len(result["layers"]) == 36
     assert "not 2:4: row 0" in result["left_dense"]["model.layers.0.mlp.down_proj"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    assert model.model.layers[0].mlp.up_proj.memory == "fast"
+    assert model.model.layers[0].mlp.up_proj.keep_dense
 
 
 def test_refusals_leave_nothing_behind(packed: Any, tmp_path: Path) -> None:

@@ -70,16 +70,16 @@ def test_round_trip_and_logits(tiny_model: TinyModel, tiny_model_name: str) -> N
     assert model.config.to_dict() == config and torch.equal(logits(model, x), expected)
 
 
-def test_repeating_changes_nothing_but_memory(tiny_model: TinyModel) -> None:
+def test_repeating_changes_nothing_but_what_is_held(tiny_model: TinyModel) -> None:
     model = prune_(tiny_model("llama"))
     first = sparsify_(model)
     layers = dict(model.named_modules())
     assert sparsify_(model) == first
     assert all(layers[name] is m for name, m in model.named_modules())
-    fast = sparsify_(model, memory="fast")
+    fast = sparsify_(model, keep_dense=True)
     assert fast.bytes == first.bytes + first.dense_bytes and fast.sparse[0].shape == (32, 32)
     assert first.dense_bytes == sum(4 * n * k for n, k in (layer.shape for layer in first.sparse))
-    assert model.config.quantization_config.memory == "fast"
+    assert model.config.quantization_config.keep_dense
     assert sparsify_(model) == first
     assert densify_(model) and densify_(model) == ()
 
@@ -123,8 +123,8 @@ def test_refusals_change_nothing(tiny_model: TinyModel) -> None:
         ProxsparseError, match=r"no layer of LlamaForCausalLM can be sparse; .*q_proj"
     ):
         sparsify_(model)
-    with pytest.raises(ProxsparseError, match="memory is 'small'"):
-        sparsify_(model, memory="small")
+    with pytest.raises(ProxsparseError, match="keep_dense is 'min'"):
+        sparsify_(model, keep_dense="min")
     with pytest.raises(ProxsparseError, match="'x_proj' matches no weight"):
         sparsify_(model, targets=("x_proj",))
     moe = prune_(tiny_model("gpt_oss"))
@@ -179,17 +179,17 @@ def test_holds_one_dense_layer_more_at_most(tiny_model: TinyModel, monkeypatch: 
     weights = [weakref.ref(t.parameter) for t in find_targets(model).layers]
     pack, alive = SparseLinear.from_linear, []
 
-    def watch(*args: Any) -> SparseLinear:
+    def watch(*args: Any, **settings: Any) -> SparseLinear:
         alive.append(sum(w() is not None for w in weights))
-        return pack(*args)
+        return pack(*args, **settings)
 
     monkeypatch.setattr(SparseLinear, "from_linear", watch)
     sparsify_(model)
     assert alive == list(range(14, 0, -1)) and not any(w() is not None for w in weights)
 
 
-@pytest.mark.parametrize("memory", ["min", "fast"])
-def test_generate_with_a_static_cache(tiny_model: TinyModel, memory: str) -> None:
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_generate_with_a_static_cache(tiny_model: TinyModel, keep_dense: bool) -> None:
     model = prune_(tiny_model("llama"))
     settings = {
         "max_new_tokens": 6,
@@ -199,7 +199,7 @@ def test_generate_with_a_static_cache(tiny_model: TinyModel, memory: str) -> Non
     }
     x = tokens(model)
     expected = model.generate(x, **settings)
-    sparsify_(model, memory=memory)
+    sparsify_(model, keep_dense=keep_dense)
     assert torch.equal(model.generate(x, **settings), expected)
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.backends import executors, stream_memory
 from proxsparse.ops import reference
 
 # A device, the shared memory of its blocks and its major compute capability.
@@ -268,9 +267,11 @@ def test_refuses_what_it_cannot(
 
 def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = pytest.importorskip("proxsparse.backends.cuda", reason="the extension was not built")
-    if not backend._cuda.has_decode:
+    executors = pytest.importorskip("proxsparse.backends.executors")
+    if not backend._cuda.has_kernels:
         pytest.skip("the extension was built without its CUDA kernels")
-    monkeypatch.setattr(stream_memory, "current_stream", lambda _: 0)
+    for module in (backend, executors):
+        monkeypatch.setattr(module, "current_stream", lambda _: 0)
     x, _, values, codes = make(3, 48, 96, torch.bfloat16)
     _, _, *others = make(3, 80, 96, torch.bfloat16)
     said = r"W \[48, 96\]{} and 3 tokens: in_features must be a multiple of 64"
@@ -282,10 +283,11 @@ def test_operands_reach_the_kernel_in_their_places(monkeypatch: pytest.MonkeyPat
 
 def test_a_weight_is_read_early_only_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = pytest.importorskip("proxsparse.backends.cuda", reason="the extension was not built")
+    executors = pytest.importorskip("proxsparse.backends.executors")
     early = []
     fake = SimpleNamespace(Decode=lambda *_: lambda *operands: early.append(operands[-2]))
-    monkeypatch.setattr(backend, "_cuda", fake)
-    monkeypatch.setattr(stream_memory, "current_stream", lambda _: 0)
+    monkeypatch.setattr(executors, "_cuda", fake)
+    monkeypatch.setattr(executors, "current_stream", lambda _: 0)
     run = executors.Decode((0, 0, 0), 0, torch.bfloat16, 64, 64)
     monkeypatch.setattr(backend, "find_run", lambda *_: run)
     x, w, values, codes = make(3, 64, 64, torch.bfloat16)
@@ -311,7 +313,8 @@ def test_hopper_refuses_more_than_it_was_made_for(emulate: Callable[..., Tensor]
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1040, 1088), (16, 64), (4096, 14336)])
 def test_every_layout_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
     backend = pytest.importorskip("proxsparse.backends.cuda")
-    if not backend._cuda.has_decode:
+    executors = pytest.importorskip("proxsparse.backends.executors")
+    if not backend._cuda.has_kernels:
         pytest.fail("the extension was built without its CUDA kernels")
     hopper = torch.cuda.get_device_capability()[0] == 9
     for m in (1, 7, 16, 17, 33, 64, *((65, 128, 250) if hopper else ())):

@@ -28,15 +28,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-@pytest.mark.parametrize("memory", ["min", "fast"])
+@pytest.mark.parametrize("keep_dense", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (0,), (2, 0)])
 def test_computes_what_the_dense_layer_computes(
-    memory: str, bias: bool, n: int, k: int, lead: tuple[int, ...]
+    keep_dense: bool, bias: bool, n: int, k: int, lead: tuple[int, ...]
 ) -> None:
     linear = dense_layer(n, k, bias)
-    sparse = SparseLinear.from_linear(linear, memory)
+    sparse = SparseLinear.from_linear(linear, keep_dense=keep_dense)
     x = torch.randn(*lead, k)
     assert torch.equal(sparse(x), linear(x))
     assert (sparse.in_features, sparse.out_features) == (k, n)
@@ -82,24 +82,24 @@ def test_refuses_a_weight_that_is_not_2to4() -> None:
         SparseLinear.from_linear(linear)
     with pytest.raises(ProxsparseError, match=r"^q has shape \[6, 18\].* multiple of 4"):
         SparseLinear.from_linear(nn.Linear(18, 6), name="q")
-    with pytest.raises(ProxsparseError, match="memory is 'max': choose min or fast"):
-        SparseLinear.from_linear(dense_layer(6, 16), "max")
+    with pytest.raises(ProxsparseError, match="keep_dense is 'fast': it must be True or False"):
+        SparseLinear.from_linear(dense_layer(6, 16), keep_dense="fast")  # type: ignore[arg-type]
 
 
 def test_state_dict_holds_the_packed_form_only() -> None:
-    sparse = SparseLinear.from_linear(dense_layer(8, 16, dtype=torch.bfloat16), "fast")
+    sparse = SparseLinear.from_linear(dense_layer(8, 16, dtype=torch.bfloat16), keep_dense=True)
     state = sparse.state_dict()
     assert set(state) == {"values", "codes", "bias"}
     assert state["values"].shape == (8, 8) and state["codes"].shape == (8, 2)
     assert sparse.memory_bytes() == {"packed": 144, "compressed": 0, "dense": 256}
-    sparse.set_memory_("min")
+    sparse.set_keep_dense_(False)
     assert sparse.memory_bytes() == {"packed": 144, "compressed": 0, "dense": 0}
     assert 144 / 256 == 0.5625
 
 
 def test_other_forms_follow_a_loaded_weight() -> None:
     first, second = dense_layer(6, 16), dense_layer(6, 16)
-    sparse = SparseLinear.from_linear(first, "fast")
+    sparse = SparseLinear.from_linear(first, keep_dense=True)
     sparse.load_state_dict(SparseLinear.from_linear(second).state_dict())
     x = torch.randn(3, 16)
     assert torch.equal(sparse.dense, second.weight) and torch.equal(sparse(x), second(x))
@@ -108,17 +108,17 @@ def test_other_forms_follow_a_loaded_weight() -> None:
 def test_a_layer_like_another_takes_its_weight() -> None:
     linear = dense_layer(3, 20).eval()
     with torch.device("meta"):
-        sparse = SparseLinear.empty_like(nn.Linear(20, 3), "fast")
+        sparse = SparseLinear.empty_like(nn.Linear(20, 3), keep_dense=True)
     assert sparse.values.is_meta and sparse.dense is None
     sparse.load_state_dict(SparseLinear.from_linear(linear).state_dict(), assign=True)
     x = torch.randn(3, 20)
     assert torch.equal(sparse(x), linear(x)) and sparse.dense is not None
 
 
-@pytest.mark.parametrize("memory", ["min", "fast"])
-def test_dtype_moves(memory: str) -> None:
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_dtype_moves(keep_dense: bool) -> None:
     linear = dense_layer(6, 16)
-    sparse = SparseLinear.from_linear(linear, memory).to(torch.bfloat16)
+    sparse = SparseLinear.from_linear(linear, keep_dense=keep_dense).to(torch.bfloat16)
     linear = linear.to(torch.bfloat16)
     x = torch.randn(2, 16, dtype=torch.bfloat16)
     assert sparse.codes.dtype == torch.uint8
@@ -130,22 +130,22 @@ def test_dtype_moves(memory: str) -> None:
         SparseLinear.from_linear(linear)(x.float())
 
 
-@pytest.mark.parametrize("memory", ["min", "fast"])
-def test_copies_and_pickles(memory: str) -> None:
-    sparse = SparseLinear.from_linear(dense_layer(6, 16), memory)
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_copies_and_pickles(keep_dense: bool) -> None:
+    sparse = SparseLinear.from_linear(dense_layer(6, 16), keep_dense=keep_dense)
     x, file = torch.randn(2, 16), io.BytesIO()
     torch.save(sparse, file)
     file.seek(0)
     for other in (copy.deepcopy(sparse), torch.load(file, weights_only=False)):
         assert torch.equal(other(x), sparse(x)) and other.values is not sparse.values
-        assert other.memory == memory and (other.dense is None) == (memory == "min")
+        assert other.keep_dense == keep_dense and (other.dense is None) == (not keep_dense)
 
 
-@pytest.mark.parametrize("memory", ["min", "fast"])
+@pytest.mark.parametrize("keep_dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_autocast_is_that_of_a_dense_layer(memory: str, dtype: torch.dtype) -> None:
+def test_autocast_is_that_of_a_dense_layer(keep_dense: bool, dtype: torch.dtype) -> None:
     linear = dense_layer(6, 16, dtype=dtype)
-    sparse = SparseLinear.from_linear(linear, memory)
+    sparse = SparseLinear.from_linear(linear, keep_dense=keep_dense)
     x = torch.randn(3, 16, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, expected = sparse(x), linear(x)
@@ -159,10 +159,10 @@ def test_autocast_is_that_of_a_dense_layer(memory: str, dtype: torch.dtype) -> N
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("memory", ["min", "fast"])
-def test_gradients_are_those_of_a_dense_layer(memory: str) -> None:
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_gradients_are_those_of_a_dense_layer(keep_dense: bool) -> None:
     linear = dense_layer(6, 16)
-    sparse = SparseLinear.from_linear(copy.deepcopy(linear), memory)
+    sparse = SparseLinear.from_linear(copy.deepcopy(linear), keep_dense=keep_dense)
     x = torch.randn(2, 3, 16)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     sparse(a).square().sum().backward()
@@ -172,9 +172,9 @@ def test_gradients_are_those_of_a_dense_layer(memory: str) -> None:
     assert [name for name, _ in sparse.named_parameters()] == ["bias"]
 
 
-@pytest.mark.parametrize("memory", ["min", "fast"])
-def test_compiles_into_one_graph(memory: str) -> None:
-    sparse = SparseLinear.from_linear(dense_layer(6, 16), memory)
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_compiles_into_one_graph(keep_dense: bool) -> None:
+    sparse = SparseLinear.from_linear(dense_layer(6, 16), keep_dense=keep_dense)
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
     for x in (torch.randn(2, 16), torch.randn(7, 16)):
         assert torch.equal(compiled(x), sparse(x))
@@ -183,11 +183,11 @@ def test_compiles_into_one_graph(memory: str) -> None:
 
 
 @pytest.mark.sparse_tc
-@pytest.mark.parametrize("memory", ["min", "fast"])
-def test_compiles_into_one_graph_on_a_gpu(memory: str) -> None:
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_compiles_into_one_graph_on_a_gpu(keep_dense: bool) -> None:
     layer = dense_layer(128, 256).to("cuda", torch.bfloat16)
     layer.weight.data.copy_(ops.project_2to4(layer.weight.data))
-    sparse = SparseLinear.from_linear(layer, memory)
+    sparse = SparseLinear.from_linear(layer, keep_dense=keep_dense)
     compiled = torch.compile(sparse, fullgraph=True)
     with torch.no_grad():
         for tokens in (1, 8, 128):
@@ -197,8 +197,8 @@ def test_compiles_into_one_graph_on_a_gpu(memory: str) -> None:
 
 def test_weight_is_readable_only() -> None:
     linear = dense_layer(6, 16)
-    for memory in ("min", "fast"):
-        sparse = SparseLinear.from_linear(linear, memory)
+    for keep_dense in (False, True):
+        sparse = SparseLinear.from_linear(linear, keep_dense=keep_dense)
         assert torch.equal(sparse.weight, linear.weight) and sparse.weight.device.type == "cpu"
         for value in (linear.weight, torch.zeros(6, 16)):
             with pytest.raises((KeyError, AttributeError)):
@@ -207,7 +207,9 @@ def test_weight_is_readable_only() -> None:
 
 def test_repr_says_what_it_is() -> None:
     sparse = SparseLinear.from_linear(dense_layer(6, 16))
-    assert repr(sparse) == ("SparseLinear(in_features=16, out_features=6, bias=True, memory='min')")
+    assert repr(sparse) == (
+        "SparseLinear(in_features=16, out_features=6, bias=True, keep_dense=False)"
+    )
 
 
 @pytest.mark.sparse_tc
@@ -225,8 +227,8 @@ def test_one_copy_serves_every_kernel_of_a_gpu(n: int, k: int) -> None:
     values, codes = ops.pack_2to4(linear.weight.data)
     state = layer.state_dict()
     assert torch.equal(state["values"], values) and torch.equal(state["codes"], codes)
-    for memory in ("min", "fast"):
-        layer.set_memory_(memory)
+    for keep_dense in (False, True):
+        layer.set_keep_dense_(keep_dense)
         for tokens in (1, 7, 64, 65, 300):
             x = torch.randn(tokens, k, device="cuda").bfloat16()
             torch.testing.assert_close(layer(x), linear(x), rtol=0.02, atol=0.02)

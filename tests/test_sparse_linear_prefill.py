@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.backends import executors, stream_memory
 from proxsparse.ops import reference
 
 LAYOUTS = [
@@ -213,21 +212,21 @@ def test_refuses_what_is_misaligned(emulate: Callable[..., Tensor]) -> None:
 
 
 @pytest.fixture
-def backend() -> Any:
-    """The CUDA backend, on a GPU that the kernel is for."""
-    backend = pytest.importorskip("proxsparse.backends.cuda")
-    if not backend._cuda.has_decode:
+def executors() -> Any:
+    """The executors' module, on a GPU that the kernel is for."""
+    executors = pytest.importorskip("proxsparse.backends.executors")
+    if not executors._cuda.has_kernels:
         pytest.fail("the extension was built without its CUDA kernels")
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the kernel is for compute capability 9.0")
-    return backend
+    return executors
 
 
 @pytest.mark.sparse_tc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [65, 512, 1000, 1024])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1040, 1088), (5120, 5120), (512, 3584)])
-def test_every_layout_on_a_gpu(backend: Any, n: int, k: int, m: int, dtype: torch.dtype) -> None:
+def test_every_layout_on_a_gpu(executors: Any, n: int, k: int, m: int, dtype: torch.dtype) -> None:
     x, w, values, codes, bias = (t.cuda() for t in make(m, n, k, dtype))
     expected = exact(x, w, bias)
     for layout in ((0, 0, 0), *executors.PREFILL_LAYOUTS):
@@ -238,7 +237,9 @@ def test_every_layout_on_a_gpu(backend: Any, n: int, k: int, m: int, dtype: torc
 
 
 @pytest.mark.sparse_tc
-def test_graphs_that_run_at_once_share_no_signals(backend: Any) -> None:
+def test_graphs_that_run_at_once_share_no_signals(executors: Any) -> None:
+    from proxsparse.backends import stream_memory
+
     n = k = 4096
     _, w, values, codes, _ = (t.cuda() for t in make(8, n, k))
     run = executors.Prefill(SHARING, 0, torch.bfloat16, n, k)
@@ -266,8 +267,10 @@ def test_graphs_that_run_at_once_share_no_signals(backend: Any) -> None:
 
 @pytest.mark.sparse_tc
 def test_a_graph_that_finds_no_signals_shares_no_tiles(
-    backend: Any, monkeypatch: pytest.MonkeyPatch
+    executors: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from proxsparse.backends import stream_memory
+
     x, w, values, codes, _ = (t.cuda() for t in make(512, 4096, 4096))
     run = executors.Prefill(SHARING, 0, torch.bfloat16, 4096, 4096)
     stream_memory._memories.clear()
@@ -284,7 +287,9 @@ def test_a_graph_that_finds_no_signals_shares_no_tiles(
 
 
 @pytest.mark.sparse_tc
-def test_where_nothing_was_measured_it_runs_instead_of_unpacking(backend: Any) -> None:
+def test_where_nothing_was_measured_it_runs_instead_of_unpacking(executors: Any) -> None:
+    from proxsparse.backends import cuda as backend
+
     x, w, values, codes, bias = (t.cuda() for t in make(128, 512, 640))
     run = backend.find_run(x, values, codes, bias, None, None)
     assert isinstance(run, executors.Prefill)

@@ -120,7 +120,7 @@ def test_chunked_loss_equals_the_whole_one(tiny_model: Any, name: str, monkeypat
         value = compute(model, TOKENS)
         value.backward()
         gradients.append((value.detach(), *(p.grad for p in model.parameters())))
-        if loss is next_token_loss:
+        if compute is next_token_loss:
             largest.clear()
     handle.remove()
     for whole, pieces in zip(*gradients, strict=True):

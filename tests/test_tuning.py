@@ -380,7 +380,7 @@ def test_the_users_table_goes_over_the_one_that_ships(
     shipped.save()
     (tmp_path / "tables").mkdir()
     shipped.path.rename(tmp_path / "tables" / shipped.path.name)
-    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    monkeypatch.setattr(tables, "__file__", str(tmp_path / "table.py"))
     tune(FakeWorker({library(3): 1.5}), CELL._replace(bucket=16))
     own = Table("NVIDIA H200", "0.8.1")
     own.put(CELL, record(cusparselt=(1.4, 1.4)))

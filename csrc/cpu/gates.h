@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "adam.h"
-#include "common.h"
+#include "tensor_view.h"
 #include "solver.h"
 
 namespace proxsparse {

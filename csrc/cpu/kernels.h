@@ -1,7 +1,7 @@
 // The CPU kernels behind proxsparse.backends.cpu. Sizes count elements; `threads` is an upper bound.
 #pragma once
 
-#include "common.h"
+#include "tensor_view.h"
 
 namespace proxsparse {
 

@@ -19,7 +19,7 @@
 
 #include <cmath>
 
-#include "common.h"
+#include "tensor_view.h"
 
 namespace proxsparse {
 

@@ -8,16 +8,16 @@
 #include <tuple>
 #include <vector>
 
-#include "cusparselt.h"
-#include "sparse_linear.h"
-#ifdef PROXSPARSE_HAS_DECODE
+#include "cusparselt_api.h"
+#include "cusparselt_product.h"
+#ifdef PROXSPARSE_HAS_KERNELS
 #include "capture.h"
 #include "sparse_linear_decode.h"
 #include "sparse_linear_prefill.h"
 #endif
 
 namespace py = pybind11;
-#ifdef PROXSPARSE_HAS_DECODE
+#ifdef PROXSPARSE_HAS_KERNELS
 using proxsparse::DecodeWeight;
 #endif
 using proxsparse::Problem;
@@ -29,7 +29,7 @@ using Address = std::uintptr_t;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
-#ifdef PROXSPARSE_HAS_DECODE
+#ifdef PROXSPARSE_HAS_KERNELS
 // One of our kernels, in one of its layouts, for weights of one shape.
 template <typename Layout>
 struct Kernel {
@@ -138,8 +138,8 @@ PYBIND11_MODULE(_cuda, m) {
       },
       unlocked());
 
-#ifdef PROXSPARSE_HAS_DECODE
-  m.attr("has_decode") = true;
+#ifdef PROXSPARSE_HAS_KERNELS
+  m.attr("has_kernels") = true;
   m.attr("MAX_DECODE_WEIGHTS") = proxsparse::kMaxDecodeWeights;
   py::class_<Decode>(m, "Decode")
       .def(py::init(&make_kernel<proxsparse::DecodeLayout>), py::arg("type"), py::arg("n"),
@@ -180,6 +180,6 @@ PYBIND11_MODULE(_cuda, m) {
           },
           unlocked());
 #else
-  m.attr("has_decode") = false;
+  m.attr("has_kernels") = false;
 #endif
 }

@@ -27,7 +27,7 @@
 #include <atomic>
 #include <type_traits>
 
-#include "packed_common.h"
+#include "packed_weight.h"
 #include "ptx.h"
 #include "sparse_linear_decode.h"
 

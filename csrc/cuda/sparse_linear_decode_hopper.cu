@@ -21,7 +21,7 @@
 #include <type_traits>
 
 #include "hopper.h"
-#include "packed_common.h"
+#include "packed_weight.h"
 #include "sparse_linear_decode.h"
 
 namespace proxsparse {

@@ -30,7 +30,7 @@
 #include <algorithm>
 
 #include "hopper.h"
-#include "packed_common.h"
+#include "packed_weight.h"
 #include "sparse_linear_prefill.h"
 
 namespace proxsparse {

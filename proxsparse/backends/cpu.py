@@ -11,19 +11,19 @@ Importing this module raises ImportError, with the reason, when the extension wa
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from proxsparse.backends.build_notes import why_left_out
+
 try:
     from proxsparse import _cpu
 except ImportError as error:
-    _note = Path(__file__).parents[1].joinpath("_build_error_cpu.txt")  # written by setup.py
-    _reason = _note.read_text().strip() if _note.exists() else str(error)
+    _reason = why_left_out("cpu") or str(error)
     raise ImportError(f"the C++ extension was not built: {_reason}") from error
 
-# The codes of `Dtype` in csrc/cpu/common.h.
+# The codes of `Dtype` in csrc/cpu/tensor_view.h.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 

@@ -30,14 +30,17 @@ from proxsparse.backends.cusparselt import extension as _cuda
 from proxsparse.backends.executors import RUNS, Decode, Kernel, Run, executor, is_right
 from proxsparse.backends.limits import (
     CODES,
-    MAX_DECODE_TOKENS,
     can_compress,
     can_decode,
     can_prefill,
 )
 from proxsparse.backends.stream_memory import current_stream
-from proxsparse.backends.weight_forms import aligned, is_aligned
+from proxsparse.backends.weight_forms import aligned, compress_2to4_cuda, is_aligned
 from proxsparse.errors import ProxsparseError
+from proxsparse.ops.reference import MAX_DECODE_TOKENS
+
+# `ops` finds the op STEM here as STEM_cuda.
+__all__ = ["compress_2to4_cuda", "sparse_linear_cuda", "sparse_linear_group_cuda"]
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +98,7 @@ def sparse_linear_group_cuda(x: Tensor, *forms: Sequence[Any]) -> list[Tensor]:
         RuntimeError: a launch failed; its text and the shapes are named.
     """
     weights = list(zip(*forms, strict=True))
-    most = _cuda.MAX_DECODE_WEIGHTS if _cuda.has_decode else 1
+    most = _cuda.MAX_DECODE_WEIGHTS if _cuda.has_kernels else 1
     results: list[Tensor] = []
     with torch.cuda.device(x.device):
         for first in range(0, len(weights), most):
@@ -222,7 +225,7 @@ def _decode_beats_dense_up_to(device: int) -> int:
     On an H200 it was faster for every layer of a 7 to 70 B model, the other one on an H100 up to
     16 tokens. Triton's stand-in seldom is, and runs only where it was seen to be.
     """
-    if not _cuda.has_decode:
+    if not _cuda.has_kernels:
         return 0
     return MAX_DECODE_TOKENS if torch.cuda.get_device_capability(device)[0] == 9 else 16
 
@@ -244,7 +247,7 @@ def _sparse_linear_decode(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor
         return Decode((0, 0, 0), x.get_device(), x.dtype, n, 2 * half)(x, values, codes, bias)
 
 
-if _cuda.has_decode:  # without it the op runs on Triton
+if _cuda.has_kernels:  # without it the op runs on Triton
     sparse_linear_decode_cuda = _sparse_linear_decode
 
 

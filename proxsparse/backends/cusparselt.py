@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from proxsparse.backends.build_notes import why_left_out
 from proxsparse.errors import ProxsparseError
 
 try:
     from proxsparse import _cuda
 except ImportError as error:
-    _note = Path(__file__).parents[1].joinpath("_build_error_cuda.txt")  # written by setup.py
-    _reason = _note.read_text().strip() if _note.exists() else str(error)
+    _reason = why_left_out("cuda") or str(error)
     raise ImportError(f"the CUDA extension was not built: {_reason}") from error
 
 extension: Any = _cuda  # for those who import it through here, and so get the reason

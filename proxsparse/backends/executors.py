@@ -52,7 +52,7 @@ def executor(
     if candidate.executor == "cusparselt":
         return CuSparseLt(candidate, device, dtype, n, k, bias is not None)
     if candidate.executor == "decode":
-        if not _cuda.has_decode:
+        if not _cuda.has_kernels:
             return _run_decode_op
         layout = (0, 0, 0) if candidate.algorithm < 0 else DECODE_LAYOUTS[candidate.algorithm]
         return Decode(layout, device, dtype, n, k)

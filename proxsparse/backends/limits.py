@@ -8,11 +8,12 @@ import torch
 
 from proxsparse.backends import cusparselt
 from proxsparse.backends.cusparselt import extension as _cuda
+from proxsparse.ops.reference import MAX_DECODE_TOKENS
 
-# The codes of `ValueType` in csrc/cuda/sparse_linear.h.
+# The codes of `ValueType` in csrc/cuda/cusparselt_product.h.
 CODES = {torch.bfloat16: 0, torch.float16: 1}
 _MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structured weight
-MAX_DECODE_TOKENS, MAX_HOPPER_TOKENS = 64, 256  # of the kernels for few tokens
+MAX_HOPPER_TOKENS = 256  # of the kernel for few tokens on Hopper; elsewhere MAX_DECODE_TOKENS
 _DECODE_MULTIPLE = 64  # that our kernels need of in_features
 _PREFILL_MULTIPLE = 8  # and the one for many tokens of out_features
 
@@ -40,17 +41,17 @@ def can_decode(k: int, tokens: int, dtype: torch.dtype, device: int) -> str:
 
     Ours is in the extension if nvcc was there when it was built; if not, Triton's stands in.
     """
-    if not _cuda.has_decode and importlib.util.find_spec("triton") is None:
+    if not _cuda.has_kernels and importlib.util.find_spec("triton") is None:
         return "the extension was built without its CUDA kernels, and Triton is not installed"
     if dtype not in CODES:
         return f"it takes bfloat16 and float16, and the weight is {dtype}"
-    multiple = _DECODE_MULTIPLE if _cuda.has_decode else 8
+    multiple = _DECODE_MULTIPLE if _cuda.has_kernels else 8
     if k % multiple:
         return f"in_features must be a multiple of {multiple}, and is {k}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, and this GPU has {capability}"
-    is_hopper = _cuda.has_decode and capability[0] == 9
+    is_hopper = _cuda.has_kernels and capability[0] == 9
     most = MAX_HOPPER_TOKENS if is_hopper else MAX_DECODE_TOKENS
     if tokens > most:
         return f"it takes at most {most} tokens, and there are {tokens}"
@@ -59,7 +60,7 @@ def can_decode(k: int, tokens: int, dtype: torch.dtype, device: int) -> str:
 
 def can_prefill(n: int, k: int, tokens: int, dtype: torch.dtype, device: int) -> str:
     """Why our kernel for many tokens cannot run here; empty when it can."""
-    if not _cuda.has_decode:
+    if not _cuda.has_kernels:
         return "the extension was built without its CUDA kernels"
     if dtype not in CODES:
         return f"it takes bfloat16 and float16, and the weight is {dtype}"

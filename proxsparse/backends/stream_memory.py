@@ -33,7 +33,7 @@ _signals_of_captures: dict[tuple[int, int], tuple[int, int]] = {}  # the last on
 _memories: dict[tuple[int, int], _Memory] = {}  # by device and stream
 # What captures the current stream, 0 if nothing does.
 _capture_of: Callable[[int], int] = (
-    _cuda.capture_of if _cuda.has_decode else lambda _: torch.cuda.is_current_stream_capturing()
+    _cuda.capture_of if _cuda.has_kernels else lambda _: torch.cuda.is_current_stream_capturing()
 )
 
 
@@ -63,7 +63,7 @@ def grow(memory: _Memory, size: int, device: int, stream: int) -> _Memory:
 
 def _take_signals(device: int) -> int:
     """Address of signals for a stream, of which the stock is filled up first."""
-    if not _cuda.has_decode or torch.cuda.get_device_capability(device)[0] != 9:
+    if not _cuda.has_kernels or torch.cuda.get_device_capability(device)[0] != 9:
         return 0  # no kernel uses them
     stock = _stock_of_signals.setdefault(device, [])
     if len(stock) < 2:  # one is left for a capture

@@ -57,7 +57,7 @@ def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor 
     Cost: one pass over values and codes, and a few temporaries of twice the codes' size.
     """
     n, k, device = values.shape[0], 2 * values.shape[1], values.get_device()
-    if not _cuda.has_decode or can_decode(k, 1, values.dtype, device) or not n:
+    if not _cuda.has_kernels or can_decode(k, 1, values.dtype, device) or not n:
         return values, codes, None
     tiles = reference.tile_codes(codes)
     size = values.numel() * values.element_size()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.attention import configs_to_regroup, regrouped
+from proxsparse.ops.cuda_graph import recording
 
 _WARM_UP_STEPS = 3  # libraries pick kernels and allocate in their first calls
 _STEPS_PER_CHECK = 16  # a look at the tokens makes the host wait for the GPU
@@ -173,8 +174,7 @@ class Decoder:
                 self._reset()
                 with _no_waiting():
                     self._advance()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
+                with recording(stream) as graph:
                     self._advance()
             except torch.OutOfMemoryError:
                 raise

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
-from proxsparse.inference.sparse_linear import SparseLinear, check_memory
+from proxsparse.inference.sparse_linear import SparseLinear, check_keep_dense
 from proxsparse.models.masks import check_codes
 from proxsparse.models.targets import is_linear_layer
 
@@ -33,30 +33,37 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         layers: dotted names of the modules that are packed.
-        memory: "min" or "fast", see `sparse_linear`.
+        keep_dense: whether the layers hold the dense weights too, see `sparse_linear`.
         format_version: of the tensors `values` and `codes`.
         quant_method: always "proxsparse".
+        memory: what directories written by earlier versions have in place of `keep_dense`: "min" or
+            "fast".
 
     Raises:
-        ProxsparseError: another format version, or an unknown `memory`.
+        ProxsparseError: another format version, or values that are not those above.
     """
 
     def __init__(
         self,
         layers: Sequence[str] = (),
-        memory: str = "min",
+        keep_dense: bool = False,
         format_version: int = FORMAT,
         quant_method: str = METHOD,
+        memory: str | None = None,
     ) -> None:
         if format_version != FORMAT:
             raise ProxsparseError(
                 f"the model is packed in format {format_version}, this proxsparse reads {FORMAT}: "
                 "install a newer one"
             )
-        check_memory(memory)
+        if memory is not None:
+            if memory not in ("min", "fast"):
+                raise ProxsparseError(f"memory is {memory!r}: it must be min or fast")
+            keep_dense = memory == "fast"
+        check_keep_dense(keep_dense)
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
-        self.memory = memory
+        self.keep_dense = keep_dense
         self.layers = list(layers)
 
 
@@ -81,7 +88,7 @@ class PackedQuantizer(HfQuantizer):
                     f"the packed layer {name} is a {type(linear).__name__} in "
                     f"{type(model).__name__}, not a linear layer"
                 )
-            model.set_submodule(name, SparseLinear.empty_like(linear, config.memory))
+            model.set_submodule(name, SparseLinear.empty_like(linear, keep_dense=config.keep_dense))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -114,9 +121,9 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def attach(model: Any, layers: Sequence[str], memory: str) -> None:
+def attach(model: Any, layers: Sequence[str], keep_dense: bool) -> None:
     """Make `save_pretrained` and `dequantize` work on a model whose `layers` became sparse."""
-    model.config.quantization_config = PackedConfig(layers, memory)
+    model.config.quantization_config = PackedConfig(layers, keep_dense)
     model.hf_quantizer = PackedQuantizer(model.config.quantization_config)
     model.quantization_method = METHOD
     model.is_quantized = True

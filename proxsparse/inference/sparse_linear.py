@@ -1,17 +1,14 @@
 """A linear layer that keeps its 2:4 weight packed: two of every four weights, and where they stood.
 
 It replaces an `nn.Linear` (or transformers' `Conv1D`) without changing what the model computes, and
-turns back into it bit by bit. The packed form is all that is saved. Other forms of the same weight
-are built from it, for backends that are faster with them; `memory` says which are kept:
-
-* "min": only the packed form, 0.5625 of the bytes of a dense weight in 16 bits.
-* "fast": the dense weight too, so that no number of tokens need be slower than the dense layer:
-  1.5625 of the dense bytes.
+turns back into it bit by bit. The packed form is all that is saved: 0.5625 of the bytes of a dense
+weight in 16 bits. With `keep_dense` the dense weight is held too, so that no number of tokens need
+be slower than the dense layer: 1.5625 of the dense bytes.
 
 On a GPU the packed form is laid out as its kernels read it. On Hopper that is what cuSPARSELt reads
 as well, so one copy serves few tokens and many. On other GPUs, and where out_features are not a
-multiple of 64, cuSPARSELt needs a form of its own: "min" then does without it, and "fast" keeps
-about 2.13 of the dense bytes.
+multiple of 64, cuSPARSELt needs a form of its own, which is held only beside the dense weight:
+about 2.13 of the dense bytes then.
 
 The packed weight is frozen: gradients reach the input and the bias. To go on training, turn the
 model dense and hold its masks, see `masks.keep_masks_`.
@@ -28,7 +25,6 @@ from torch import Tensor, nn
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 
-MEMORY = ("min", "fast")
 _MAX_RUNS = 256  # shapes of inputs that a layer remembers how to run
 # Asked here, because torch.compile cannot ask before torch 2.13.
 _AUTOCAST = frozenset(
@@ -46,7 +42,7 @@ class SparseLinear(nn.Module):
         values: [N, K/2] kept weights, from `ops.pack_2to4`.
         codes: uint8 [N, ceil(K/8)] their places, from `ops.pack_2to4`.
         bias: [N], or None.
-        memory: "min" or "fast", see the module.
+        keep_dense: whether to hold the dense weight too, see the module.
         is_conv1d: whether `to_linear` gives a Conv1D, which stores its weight as [K, N].
 
     Attributes:
@@ -61,7 +57,7 @@ class SparseLinear(nn.Module):
             and codes itself.
 
     Raises:
-        ProxsparseError: unknown `memory`, or tensors that are no packed weight.
+        ProxsparseError: `keep_dense` is no bool, or tensors that are no packed weight.
     """
 
     bias: nn.Parameter | None
@@ -74,7 +70,7 @@ class SparseLinear(nn.Module):
         codes: Tensor,
         bias: Tensor | None = None,
         *,
-        memory: str = "min",
+        keep_dense: bool = False,
         is_conv1d: bool = False,
     ) -> None:
         super().__init__()
@@ -91,16 +87,16 @@ class SparseLinear(nn.Module):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
-        self.set_memory_(memory)
+        self.set_keep_dense_(keep_dense)
 
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear: Any, memory: str = "min", name: str = "") -> SparseLinear:
+    def from_linear(cls, linear: Any, *, keep_dense: bool = False, name: str = "") -> SparseLinear:
         """Pack a layer whose weight is 2:4 already.
 
         Args:
             linear: an nn.Linear, or a Conv1D of transformers. Its bias is shared, not copied.
-            memory: "min" or "fast", see the module.
+            keep_dense: whether to hold the dense weight too, see the module.
             name: what an error calls the layer.
 
         Returns:
@@ -116,11 +112,11 @@ class SparseLinear(nn.Module):
         except ProxsparseError as error:
             subject = name or f"the weight of {linear}"
             raise ProxsparseError(f"{subject} {str(error).removeprefix('w ')}") from error
-        layer = cls(values, codes, linear.bias, memory=memory, is_conv1d=is_conv1d)
+        layer = cls(values, codes, linear.bias, keep_dense=keep_dense, is_conv1d=is_conv1d)
         return layer.train(linear.training)
 
     @classmethod
-    def empty_like(cls, linear: Any, memory: str = "min") -> SparseLinear:
+    def empty_like(cls, linear: Any, *, keep_dense: bool = False) -> SparseLinear:
         """A layer of the shape, dtype and device of `linear`, to load a state dict into.
 
         Its weight is whatever lay in memory.
@@ -128,7 +124,7 @@ class SparseLinear(nn.Module):
         w, is_conv1d = _canonical_weight(linear)
         n, k = w.shape
         values, codes = w.new_empty(n, k // 2), w.new_empty(n, (k + 7) // 8, dtype=torch.uint8)
-        layer = cls(values, codes, linear.bias, memory=memory, is_conv1d=is_conv1d)
+        layer = cls(values, codes, linear.bias, keep_dense=keep_dense, is_conv1d=is_conv1d)
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -152,14 +148,14 @@ class SparseLinear(nn.Module):
         result: nn.Module = linear.train(self.training)
         return result
 
-    def set_memory_(self, memory: str) -> None:
-        """Change which forms of the weight are kept; "min" frees all but the packed one.
+    def set_keep_dense_(self, keep_dense: bool) -> None:
+        """Hold the dense weight beside the packed one, or free it.
 
         Raises:
-            ProxsparseError: not "min" or "fast".
+            ProxsparseError: not a bool.
         """
-        check_memory(memory)
-        self.memory = memory
+        check_keep_dense(keep_dense)
+        self.keep_dense = keep_dense
         self.refresh_()
 
     @torch.no_grad()
@@ -171,7 +167,7 @@ class SparseLinear(nn.Module):
             return
         codes = ops.code_rows(self.values, self.codes)
         self.values, self.codes, self.compressed = ops.lay_out_2to4(self.values, codes)
-        if self.memory == "fast":
+        if self.keep_dense:
             self.dense = ops.unpack_2to4(self.values, codes)
             if self.compressed is None:
                 self.compressed = _compress(self.dense)
@@ -198,7 +194,7 @@ class SparseLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight [N, K], for code that reads a layer's weight; not to be written to.
 
-        Cost: unpacked at each access, unless `memory` is "fast".
+        Cost: unpacked at each access, unless `keep_dense` is set.
         """
         return ops.unpack_2to4(self.values, self.codes) if self.dense is None else self.dense
 
@@ -251,7 +247,7 @@ class SparseLinear(nn.Module):
         """What `print(model)` shows of the layer."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, memory={self.memory!r}"
+            f"bias={self.bias is not None}, keep_dense={self.keep_dense}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -272,14 +268,14 @@ class SparseLinear(nn.Module):
         self.refresh_()
 
 
-def check_memory(memory: str) -> None:
-    """Refuse an unknown memory policy.
+def check_keep_dense(keep_dense: object) -> None:
+    """Refuse what is no bool: a word such as "fast" would count as true.
 
     Raises:
-        ProxsparseError: not one of `MEMORY`.
+        ProxsparseError: neither True nor False.
     """
-    if memory not in MEMORY:
-        raise ProxsparseError(f"memory is {memory!r}: choose min or fast")
+    if not isinstance(keep_dense, bool):
+        raise ProxsparseError(f"keep_dense is {keep_dense!r}: it must be True or False")
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:

@@ -18,7 +18,7 @@ from proxsparse import ops
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.replace import in_memory, places_of, replace_, restore_layers_
-from proxsparse.inference.sparse_linear import SparseLinear, check_memory, sparse_layers
+from proxsparse.inference.sparse_linear import SparseLinear, check_keep_dense, sparse_layers
 from proxsparse.models.targets import Target, find_targets
 
 _REPORTED_TOKENS = (1, 16, 256, 4096)
@@ -51,12 +51,12 @@ class SparsityReport:
     Attributes:
         sparse: the layers that are sparse, in the order of the model.
         left_dense: name -> reason, for every other weight of two dimensions or more.
-        memory: "min" or "fast".
+        keep_dense: whether the dense weights are held too.
     """
 
     sparse: tuple[SparseLayer, ...]
     left_dense: dict[str, str]
-    memory: str
+    keep_dense: bool
 
     @property
     def dense_bytes(self) -> int:
@@ -74,11 +74,11 @@ def sparsify_(
     *,
     targets: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
-    memory: str = "min",
+    keep_dense: bool = False,
 ) -> SparsityReport:
     """Replace the 2:4 layers of a model by `SparseLinear`, in place.
 
-    Repeating it changes nothing but `memory`; `densify_` undoes it bit by bit. Afterwards
+    Repeating it changes nothing but `keep_dense`; `densify_` undoes it bit by bit. Afterwards
     `save_pretrained` writes a packed checkpoint. Hooks of accelerate move to the new layers; a
     layer that accelerate offloads is offloaded packed.
 
@@ -87,7 +87,8 @@ def sparsify_(
         targets: patterns as for pruning, see `find_targets`. Layers they match must be 2:4; without
             any, every prunable layer is looked at and those that are not 2:4 are left dense.
         ignore: patterns of layers to leave as they are.
-        memory: "min" or "fast", see `sparse_linear`; holds for layers that are sparse already too.
+        keep_dense: whether to hold the dense weights too, see `sparse_linear`; also changes what
+            layers hold that are sparse already.
 
     Returns:
         The layers that are sparse, and why the others are not.
@@ -99,23 +100,23 @@ def sparsify_(
 
     Cost: packs layer by layer; peak memory is the model's plus one layer's.
     """
-    check_memory(memory)
+    check_keep_dense(keep_dense)
     names, left_dense = _choose(model, TargetConfig(targets=targets, ignore=ignore))
     for layer in sparse_layers(model).values():
-        layer.set_memory_(memory)
+        layer.set_keep_dense_(keep_dense)
     places = places_of(model)
     for name in names:
         old = model.get_submodule(name)
         with in_memory(old):
-            new = SparseLinear.from_linear(old, memory, name)
+            new = SparseLinear.from_linear(old, keep_dense=keep_dense, name=name)
         replace_(places, old, new)
         del old
     sparse = sparse_layers(model)
     from proxsparse.inference.quantizer import attach
 
-    attach(model, list(sparse), memory)
+    attach(model, list(sparse), keep_dense)
     rows = (_row(name, layer) for name, layer in sparse.items())
-    return SparsityReport(tuple(rows), left_dense, memory)
+    return SparsityReport(tuple(rows), left_dense, keep_dense)
 
 
 def densify_(model: nn.Module) -> tuple[str, ...]:

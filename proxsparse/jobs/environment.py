@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,16 +47,14 @@ def _describe_cuda() -> dict[str, str]:
     """The CUDA extension, its kernels, cuSPARSELt and the tuning table: there, or why not."""
     try:
         from proxsparse.backends import cusparselt
+        from proxsparse.backends.build_notes import why_left_out
         from proxsparse.backends.table import table_for
     except ImportError as error:
         return {"extension": f"no: {error}"}
-    note = (
-        Path(__file__).parents[1].joinpath("_build_error_cuda_kernels.txt")
-    )  # written by setup.py
-    reason = note.read_text().strip() if note.exists() else "not compiled"
+    reason = why_left_out("cuda_kernels") or "not compiled"
     description = {
         "extension": "yes",
-        "kernels": "yes" if cusparselt.extension.has_decode else f"no: {reason}",
+        "kernels": "yes" if cusparselt.extension.has_kernels else f"no: {reason}",
     }
     found = cusparselt.find_library()
     if isinstance(found, str):

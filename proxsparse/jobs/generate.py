@@ -24,7 +24,7 @@ def generate(
     *,
     max_new_tokens: int = 32,
     compare: bool = True,
-    memory: str = "min",
+    keep_dense: bool = False,
     compile: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def generate(
         prompt: the text to continue.
         max_new_tokens: tokens to generate at most.
         compare: whether to run the dense model too; it needs its memory.
-        memory: of the sparse layers, "min" or "fast", see `sparse_linear`.
+        keep_dense: whether the sparse layers hold the dense weights too, see `sparse_linear`.
         compile: whether both runs fuse their small kernels with `torch.compile`.
         device: "auto" or a torch device.
 
@@ -61,7 +61,7 @@ def generate(
     if compare:
         densify_(loaded.model)
         runs["dense"] = _run(loaded, input_ids, max_new_tokens, compile)
-    report = sparsify_(loaded.model, memory=memory)
+    report = sparsify_(loaded.model, keep_dense=keep_dense)
     runs["sparse"] = _run(loaded, input_ids, max_new_tokens, compile)
     tokens = [run.pop("tokens") for run in runs.values()]
     speeds = [run["tokens_per_second"] for run in runs.values()]

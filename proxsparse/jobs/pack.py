@@ -26,7 +26,7 @@ _REPORT = "proxsparse.json"
 
 
 def pack(
-    model: str | os.PathLike[str], output: str | os.PathLike[str], *, memory: str = "min"
+    model: str | os.PathLike[str], output: str | os.PathLike[str], *, keep_dense: bool = False
 ) -> dict[str, Any]:
     """Write a pruned checkpoint with its 2:4 layers packed.
 
@@ -34,7 +34,7 @@ def pack(
         model: a dense checkpoint whose layers are 2:4, such as `prune` writes; directory or name on
             the Hub.
         output: directory to create; must not exist, or be empty.
-        memory: what the layers keep once loaded, "min" or "fast", see `sparse_linear`.
+        keep_dense: whether the layers hold the dense weights too once loaded, see `sparse_linear`.
 
     Returns:
         {"layers": [{name, shape, dense_bytes, packed_bytes}], "left_dense": {name: reason},
@@ -49,7 +49,7 @@ def pack(
         if sparse_layers(loaded.model):
             raise ProxsparseError(f"{model} is packed already")
         before = state_bytes(loaded.model)
-        report = sparsify_(loaded.model, memory=memory)
+        report = sparsify_(loaded.model, keep_dense=keep_dense)
         packed = {
             name: x.memory_bytes()["packed"] for name, x in sparse_layers(loaded.model).items()
         }

@@ -32,7 +32,7 @@ from proxsparse.learning import distributed
 from proxsparse.learning.job import Job
 from proxsparse.learning.loss import can_chunk, chunked_next_token_loss, next_token_loss
 from proxsparse.learning.memory import memory_gb
-from proxsparse.learning.rule import Moment, Rule, State
+from proxsparse.learning.rule import Rule, State, StepScalars
 from proxsparse.learning.step_graph import Step, as_graph
 from proxsparse.learning.streaming import consuming_gradients, recomputing, weights_on_demand
 from proxsparse.models.masks import Masks
@@ -86,7 +86,7 @@ class _Run:
     rule: Rule
     w0: dict[str, Tensor]
     states: dict[str, State]
-    moment: Moment | None = None
+    moment: StepScalars | None = None
     updated: set[str] = field(default_factory=set)
     mask_bits: dict[int, Tensor] = field(default_factory=dict)
 
@@ -194,7 +194,7 @@ def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> 
 
     def take_step(batch: Tensor, scalars: Tensor) -> Tensor:
         number, lr, lam = scalars.unbind()
-        run.moment = Moment(number, lr, lam, one)
+        run.moment = StepScalars(number, lr, lam, one)
         return run.step(batch, loss)
 
     losses: list[Tensor] = []

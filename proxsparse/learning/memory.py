@@ -16,11 +16,11 @@ from torch import nn
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.learning.loss import LOGITS_AT_ONCE
+from proxsparse.models.precision import SMALL_MODEL
 from proxsparse.models.targets import Target, Targets
 
 _log = logging.getLogger(__name__)
 
-_SMALL = 2_000_000_000  # parameters: below, automatic choice prefers float32 everywhere
 _ROOM = 0.9  # share of the free memory that automatic choice will fill
 
 
@@ -163,7 +163,7 @@ def choose_memory(
     }
     fitting = [mode for mode, estimate in estimates.items() if estimate.total <= budget]
     if wanted == "auto":
-        small = sum(p.numel() for p in model.parameters()) < _SMALL or device.type == "cpu"
+        small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL or device.type == "cpu"
         roomy = [m for m in fitting if estimates[m].total <= _ROOM * budget]
         preferred = [m for m in roomy if m != "fast" or small]
         wanted = next(

@@ -13,7 +13,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepScalars:
     """Where in the run a step is, as 0-d tensors; of a captured step, on the GPU.
 
     Attributes:
@@ -68,7 +68,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def update_(
-        self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
+        self, w0: Tensor, state: State, grad: Tensor, moment: StepScalars, out: Tensor | None
     ) -> None:
         """One step: change the state in place, and write the new weight if `out` is given."""
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxsparse.ops.cuda_graph import recording
+
 _log = logging.getLogger(__name__)
 
 _EAGER_STEPS = 3  # before the recording: they compile kernels and make the libraries' workspaces
@@ -78,44 +80,23 @@ class _StepGraph:
 
     def _record(self) -> Callable[[], Tensor] | None:
         """Capture the step, of which nothing is run yet; None if it cannot be captured."""
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with recording(stream) as graph:
                 result = self.step(*self.inputs)
         except RuntimeError as error:
-            # Where the end of the capture fails too, the error behind it is the one to show.
-            self._stay_eager(str(error.__context__ or error).split("\n")[0])
-        else:
+            self._stay_eager(str(error).split("\n")[0])
+            return None
 
-            def replay() -> Tensor:
-                graph.replay()
-                return result.clone()
+        def replay() -> Tensor:
+            graph.replay()
+            return result.clone()
 
-            return replay
-        _tidy_up(stream, pool)
-        return None
+        return replay
 
     def _stay_eager(self, obstacle: str) -> None:
         self.obstacle = obstacle
         _log.info("a step is launched kernel by kernel, not as one CUDA graph: %s", obstacle)
-
-
-def _tidy_up(stream: torch.cuda.Stream, pool: Any) -> None:
-    """Put right what torch leaves behind when the end of a capture fails.
-
-    Its allocator still serves the capture, and its random generator believes to be in it.
-
-    Raises:
-        RuntimeError: the device itself is out of order.
-    """
-    index = stream.device.index
-    with contextlib.suppress(RuntimeError):  # raised if the end of the capture did not fail
-        torch._C._cuda_endAllocateToPool(index, pool)
-        torch._C._cuda_releasePool(index, pool)
-    generator = torch.cuda.default_generators[index]
-    generator.graphsafe_set_state(generator.clone_state())
-    torch.cuda.synchronize(index)
 
 
 @contextlib.contextmanager

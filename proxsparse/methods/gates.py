@@ -29,7 +29,7 @@ from proxsparse.learning import distributed
 from proxsparse.learning.job import Job
 from proxsparse.learning.layerwise import collect_input_norms
 from proxsparse.learning.loop import learn
-from proxsparse.learning.rule import Moment, Rule, State
+from proxsparse.learning.rule import Rule, State, StepScalars
 from proxsparse.models.masks import Masks
 from proxsparse.models.targets import Target
 from proxsparse.ops import reference
@@ -77,7 +77,7 @@ class _Gates(Rule):
         _fill(out, lambda x: ops.gate_project_(state["s"], w0, state["act_norm"], x))
 
     def update_(
-        self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
+        self, w0: Tensor, state: State, grad: Tensor, moment: StepScalars, out: Tensor | None
     ) -> None:
         def step(out: Tensor | None) -> None:
             ops.gate_update_(

@@ -20,7 +20,7 @@ from proxsparse import ops
 from proxsparse.config import LearnConfig, ProxSparseConfig
 from proxsparse.learning.job import Job
 from proxsparse.learning.loop import learn
-from proxsparse.learning.rule import Moment, Rule, State
+from proxsparse.learning.rule import Rule, State, StepScalars
 from proxsparse.models.masks import Masks
 from proxsparse.models.targets import Target
 
@@ -52,7 +52,7 @@ class _ProxAdamW(Rule):
             out.copy_(state["p"])
 
     def update_(
-        self, w0: Tensor, state: State, grad: Tensor, moment: Moment, out: Tensor | None
+        self, w0: Tensor, state: State, grad: Tensor, moment: StepScalars, out: Tensor | None
     ) -> None:
         ops.prox_adamw_(
             state["p"],

@@ -15,7 +15,7 @@ from torch import nn
 from proxsparse.errors import ProxsparseError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_AUTO_WIDEN_BELOW = 2_000_000_000  # parameters: above, float32 copies would dominate a GPU's memory
+SMALL_MODEL = 2_000_000_000  # parameters: of larger ones float32 copies would fill a GPU's memory
 
 
 def resolve_dtype(name: str, model: nn.Module, memory: str = "") -> torch.dtype | None:
@@ -35,7 +35,7 @@ def resolve_dtype(name: str, model: nn.Module, memory: str = "") -> torch.dtype 
         return torch.float32 if memory == "fast" else None
     if name == "auto":
         parameters = list(model.parameters())
-        small = sum(p.numel() for p in parameters) < _AUTO_WIDEN_BELOW
+        small = sum(p.numel() for p in parameters) < SMALL_MODEL
         return torch.float32 if small or parameters[0].device.type == "cpu" else None
     if name not in DTYPES:
         raise ProxsparseError(f"--dtype is {name!r}: choose auto, {', '.join(DTYPES)}")

@@ -13,7 +13,6 @@ be replayed with new values.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import reference
 from proxsparse.ops.dispatch import BACKENDS, forced_backend, implementation, use_backend
+from proxsparse.ops.reference import MAX_DECODE_TOKENS
 from proxsparse.ops.schemas import OPS
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
     "use_backend",
 ]
 
-MAX_DECODE_TOKENS = 64
 
 _op = torch.ops.proxsparse
 
@@ -340,7 +339,9 @@ _table: Any = None  # the module of the tables; loaded by the first call on a GP
 def _load_table() -> Any:
     global _table
     if not isinstance(implementation("sparse_linear", "cuda"), str):
-        _table = importlib.import_module("proxsparse.backends.table")
+        from proxsparse.backends import table
+
+        _table = table
     return _table
 
 
@@ -359,10 +360,9 @@ def settled_sparse_linear(
     """
     if isinstance(implementation("sparse_linear", "cuda"), str) or not x.numel():
         return None
-    backend = importlib.import_module("proxsparse.backends.cuda")
-    forms = values, codes, bias, compressed, dense
-    run: Callable[..., Tensor] = backend.find_run_for_shape(x, *forms)
-    return run
+    from proxsparse.backends.cuda import find_run_for_shape
+
+    return find_run_for_shape(x, values, codes, bias, compressed, dense)
 
 
 def sparse_linear_decode(
@@ -469,8 +469,9 @@ def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor 
     is_cuda = values.device.type == "cuda"
     if not is_cuda or isinstance(implementation("sparse_linear", "cuda"), str):
         return values, codes, None
-    backend = importlib.import_module("proxsparse.backends.cuda")
-    return backend.lay_out_2to4(values, codes)  # type: ignore[no-any-return]
+    from proxsparse.backends import weight_forms
+
+    return weight_forms.lay_out_2to4(values, codes)
 
 
 def known_speedups(
@@ -493,19 +494,19 @@ def known_speedups(
         tokens: counts of interest; those nobody measured are left out of the result.
         forms: executors whose form of the weight the layer keeps.
     """
-    table = importlib.import_module("proxsparse.backends.table")
+    from proxsparse.backends import table
+
     measured = table.table_for(device)
-    known: dict[int, float] = table.known_speedups(measured, n, k, dtype, has_bias, tokens, forms)
-    return known
+    return table.known_speedups(measured, n, k, dtype, has_bias, tokens, forms)
 
 
 def can_compress(n: int, k: int, dtype: torch.dtype) -> str:
     """Why `compress_2to4` cannot take a weight [n, k] of this dtype here; empty when it can."""
     try:
-        backend = importlib.import_module("proxsparse.backends.cuda")
+        from proxsparse.backends import limits
     except ImportError as error:
         return str(error)
-    return backend.can_compress(n, k, dtype)  # type: ignore[no-any-return]
+    return limits.can_compress(n, k, dtype)
 
 
 def compress_2to4(w: Tensor) -> Tensor:

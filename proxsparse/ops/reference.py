@@ -20,6 +20,7 @@ from torch import Tensor
 
 # Newton steps until the objective stops moving: measured over 10^6 groups per family, see
 # tests/test_prox_2to4.py. Near-equal entries close to the transition are the slowest.
+MAX_DECODE_TOKENS = 64  # of `sparse_linear_decode`
 _NEWTON_STEPS = {torch.float64: 20, torch.float32: 9}
 PRIOR_FLOOR = 1e-3
 QUANTUM_BLOCK = 256  # elements of a matrix that share the scales of 8-bit moments

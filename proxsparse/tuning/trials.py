@@ -26,6 +26,7 @@ from proxsparse import ops
 from proxsparse.backends import choice, executors, limits
 from proxsparse.backends.choice import Candidate, Cell
 from proxsparse.backends.cusparselt import extension as _cuda
+from proxsparse.ops.cuda_graph import recording
 from proxsparse.tuning.search import Outcome
 
 # A candidate's error may be this much above dense's: relative, and in its largest entry. Rounding
@@ -81,7 +82,7 @@ class Bench:
         found = [Candidate(name) for name in executors.RUNS if name != "dense"]
         dtype = self._weights[0].dense.dtype
         if not limits.can_decode(cell.k, cell.bucket, dtype, self._device):
-            count = len(executors.DECODE_LAYOUTS) if _cuda.has_decode else 0
+            count = len(executors.DECODE_LAYOUTS) if _cuda.has_kernels else 0
             layouts = range(choice.LIBRARY_CHOICE, count)
             found += [Candidate("decode", layout) for layout in layouts]
         if not limits.can_prefill(cell.n, cell.k, cell.bucket, dtype, self._device):
@@ -216,8 +217,7 @@ def _capture(run: Callable[[_Weight], Tensor], weights: Sequence[_Weight]) -> to
     with torch.cuda.stream(stream):
         run(weights[0])
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(stream) as graph:
         for weight in weights:
             run(weight)
     graph.replay()

@@ -1,4 +1,4 @@
-#include "sparse_linear.h"
+#include "cusparselt_product.h"
 
 #include <dlfcn.h>
 
@@ -8,7 +8,7 @@
 #include <tuple>
 #include <unordered_map>
 
-#include "cusparselt.h"
+#include "cusparselt_api.h"
 
 namespace proxsparse {
 

@@ -13,7 +13,7 @@
 
 namespace proxsparse {
 
-// What the operands hold; `sparse_linear.cpp` has a row for each with what the library needs to
+// What the operands hold; `cusparselt_product.cpp` has a row for each with what the library needs to
 // know. A row for a type with a scale per output feature would also set the alpha vector.
 enum class ValueType : int { kBFloat16 = 0, kFloat16 = 1 };
 

@@ -1,4 +1,4 @@
-#include "cusparselt.h"
+#include "cusparselt_api.h"
 
 #include <dlfcn.h>
 
