@@ -1,10 +1,10 @@
-# `make demo` and `make test` work from nothing but Python, make and a C++ compiler.
+# Every target works from nothing but Python, make and a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -19,6 +19,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulator/* benchmarks/*.cu)
 
+# Not quietly: with -q mkdocs counts no warnings, and strict mode passes everything.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/make_api.py --check
+	$(BIN)/python benchmarks/make_tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # The editable install is repeated when what it depends on has changed.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
@@ -28,10 +34,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -f proxsparse/*.so proxsparse/_build_error_*.txt

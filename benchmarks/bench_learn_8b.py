@@ -111,13 +111,16 @@ def main() -> None:
     print(f"{used + embedding:,} parameters; {flops:.3g} FLOP a step; at best {args.peak_tflops} "
           f"TFLOP/s, so at least {flops / args.peak_tflops / 1e12:.3f} s")  # fmt: skip
 
-    result: dict[str, Any] = {**describe_run(), "settings": vars(args) | {"out": None}, "rows": []}
+    summary: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    named = vars(args) | {"out": None}
+    result = {**describe_run(), "settings": named, "summary": summary, "rows": rows}
     out = args.out or results_directory()
     out.mkdir(parents=True, exist_ok=True)
 
     def report(row: dict[str, Any], **figures: float) -> None:
-        result["rows"].append(row)
-        result.update({key: round(value, 4) for key, value in figures.items()})
+        rows.append(row)
+        summary.update({key: round(value, 4) for key, value in figures.items()})
         print({k: v for k, v in row.items() if k != "history"}, figures, flush=True)
         name = "learn_8b_tiny.json" if args.tiny else "learn_8b.json"
         (out / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

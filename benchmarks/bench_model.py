@@ -1,4 +1,4 @@
-"""A whole model, dense and then sparse: reading a prompt, decoding, memory, conversion, logits.
+"""A whole model, dense and then sparse: prefill, decode, memory, conversion, logits.
 
     python benchmarks/bench_model.py [--keep-dense] [--batches B ...] [--tokens M]
         [--no-compile] [--tune-seconds S] [--config FILE] [--out DIR]
@@ -6,18 +6,18 @@
 
 The model has Llama-3.1-8B's shape and random weights, made on the device. It is timed dense, then
 pruned to 2:4 in place, then made sparse. In between, masked, that is as a dense model with zeros,
-it computes what the sparse one does: its logits are the reference, and it reads the prompt too,
+it computes what the sparse one does: its logits are the reference, and its prefill is timed too,
 because multiplying by zeros takes less power, and so a GPU at its power limit is faster at it.
 
 All run on the same stack: transformers, its sdpa attention, and for decoding
 `proxsparse.inference.decoding.Decoder`, on a GPU as a CUDA graph. torch.compile fuses small kernels
 in all of them (in the sparse model also products of one input): of a decode step as a whole, of a
 prompt in each decoder block, because what is decided before the blocks, as that no mask is needed,
-is decided differently while all of it is traced. Reading prompts takes a GPU to its power limit,
-which lowers its clocks: they are given time to settle before a prompt is timed. A decode step
-cannot be faster than its weights and its cache can be read, dense or packed; these limits are
-printed beside what was measured. Logits are compared without torch.compile; the yardstick is how
-far the masked model's move when a second sequence joins the batch.
+is decided differently while all of it is traced. Prefill takes a GPU to its power limit, which
+lowers its clocks: they are given time to settle before it is timed. A decode step cannot be faster
+than its weights and its cache can be loaded, dense or packed; these limits are printed beside what
+was measured. Logits are compared without torch.compile; the yardstick is how far the masked
+model's move when a second sequence joins the batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from proxsparse.tuning.tune import tune_layers
 
 PROMPT = 128  # tokens read before decoding is timed
 LOGITS_KEPT = 64  # positions compared, at most
-SETTLE_SECONDS = 2.0  # of reading prompts, until the clocks of a GPU are what they stay at
+SETTLE_SECONDS = 2.0  # of prefill, until a GPU's clocks settle
 WRONG_FROM = 0.1  # rounding moves logits by some hundredths, a wrong product by about 1
 
 
@@ -140,7 +140,7 @@ def relative(difference: Tensor, reference: Tensor) -> float:
 def time_prefill(
     model: Any, blocks: Sequence[nn.Module], kind: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Times reading one prompt with the model as it is."""
+    """Times the prefill of one prompt with the model as it is."""
     x = random_tokens(model, 1, args.tokens)
 
     def read() -> None:

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -52,6 +53,21 @@ def draw(rows: list[dict[str, str | float]], path: Path) -> None:
     figure.savefig(path)
 
 
+def summarize(rows: Sequence[Mapping[str, str | float]]) -> dict[str, float]:
+    """The best sustained TFLOP/s of the main loops that also copy, and sparse over dense."""
+
+    def best(kind: str) -> float:
+        case = f"{kind}: products and copies"
+        return max(float(row["sustained_tflops"]) for row in rows if row["case"] == case)
+
+    dense, sparse = best("dense"), best("sparse")
+    return {
+        "dense_sustained_tflops": dense,
+        "sparse_sustained_tflops": sparse,
+        "sustained_speedup_limit": round(sparse / dense, 3),
+    }
+
+
 def main() -> None:
     """Compile, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,7 +93,7 @@ def main() -> None:
     out = args.out or results_directory()
     out.mkdir(parents=True, exist_ok=True)
     (out / "prefill_ceiling.csv").write_text(run.stdout)
-    result = {**describe_run(), "rows": rows}
+    result = {**describe_run(), "summary": summarize(rows), "rows": rows}
     (out / "prefill_ceiling.json").write_text(json.dumps(result, indent=2) + "\n")
     draw(rows, out / "prefill_ceiling.png")
     print(json.dumps(result))

@@ -4,13 +4,13 @@
         [--dtype bfloat16|float16] [--tune-seconds S] [--out DIR]
 
 Shapes are the linear layers of five models, from one token to 16384: powers of two, which fill the
-tiles of every kernel, and some counts between them, as prompts have. All backends of a cell are
-timed in turn, in another order each round, on the same random data, with enough weights in rotation
-to leave the L2 cache behind, once replayed from a CUDA graph and once called in eager mode with the
-host's time in it. `dense` is the layer as it was before it was pruned, `masked` the same layer with
-its pruned weights zero: both are cuBLAS, but zeros switch fewer transistors, so a GPU at its power
-limit runs `masked` at higher clocks. PyTorch's path gets its best algorithm, by trying all of them
-on the cell. Needs a GPU with sparse tensor cores.
+tiles of every kernel, and some counts between them, as prompts have. Every round times
+each backend of a cell once, in another order, on the same random data, with enough weights in
+rotation to leave the L2 cache behind, once replayed from a CUDA graph and once called in eager mode
+with the host's time in it. `dense` is the layer as it was before it was pruned, `masked` the same
+layer with its pruned weights zero: both are cuBLAS, but zeros switch fewer transistors, so a GPU at
+its power limit runs `masked` at higher clocks. PyTorch's path gets its best algorithm, by trying
+all of them on the cell. Needs a GPU with sparse tensor cores.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def best_algorithm(case: Case) -> tuple[int, Callable[[Weight], Tensor]]:
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Times the backends of one cell in turn; seconds by backend and mode."""
+    """Times the backends of one cell, each once a round; seconds by backend and mode."""
     algorithm, theirs_best = best_algorithm(case)
     runs = {"dense": case.dense, "masked": case.masked, "proxsparse": case.ours}
     graph_runs = {**runs, "torch": theirs_best}

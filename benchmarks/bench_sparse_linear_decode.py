@@ -5,9 +5,9 @@
 
 For each layer and token count: each layout of the CUDA kernel, the Triton kernel and dense (the
 layer before it was pruned), replayed from CUDA graphs over weights that leave the L2 cache behind,
-in turn on the same random data. The limit is that of moving the packed weight, x and the result
-once. The summary takes the best layout of a cell, or dense where none is faster, as the tuned
-dispatch does. Needs a GPU with sparse tensor cores.
+one after the other in each round, on the same random data. The limit is that of moving the packed
+weight, x and the result once. The summary takes the best layout of a cell, or dense where none is
+faster, as the tuned dispatch does. Needs a GPU with sparse tensor cores.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """What the benchmarks share: interleaved timing, the memory roofline, and tables on disk.
 
-All backends of a case are timed in turn, round after round, on the same data, so that a drifting
-clock or a busy neighbour hits them alike; medians are compared. Tensors are far larger than any
-cache, so nothing is flushed.
+Every round times each backend of a case once, on the same data, so that a drifting clock or a busy
+neighbour hits them alike; medians are compared. Tensors are far larger than any cache, so nothing
+is flushed.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import logging
@@ -95,7 +96,7 @@ def show_log() -> None:
 
 
 def describe_run() -> dict[str, Any]:
-    """Device, driver, versions and commit: what a figure needs to be worth keeping."""
+    """Date, device, driver, versions and commit: what a figure needs to be worth keeping."""
     packages = ("proxsparse", "torch", "transformers", "triton")
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -115,6 +116,7 @@ def describe_run() -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "versions": versions,
         "commit": commit or "unknown",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
 
@@ -150,7 +152,7 @@ def time_interleaved(
     """Seconds of each run in each round, after one round of warm-up.
 
     Args:
-        runs: calls to time, in turn.
+        runs: calls to time, one after the other in each round.
         reset: puts inputs back before each call; not timed.
         device: where they run.
         rounds: how many are kept.

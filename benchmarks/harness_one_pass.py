@@ -1,7 +1,7 @@
 """What bench_{prox,project,pack}_2to4.py run: an op that reads a weight and writes once.
 
-On a GPU each op runs on as many weights in turn as it takes to leave the cache behind, captured in
-one CUDA graph; the time of an ordinary call, launch and all, has a row of its own.
+On a GPU each op runs on so many weights that none is in the cache when it comes round again, all
+captured in one CUDA graph; the time of an ordinary call, launch and all, has a row of its own.
 """
 
 from __future__ import annotations

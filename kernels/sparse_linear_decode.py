@@ -1,7 +1,7 @@
 """The product with a packed 2:4 weight for few tokens, where the CUDA kernel was not compiled.
 
 Triton has no sparse tensor core instruction, so a tile of weight is unpacked in registers and
-multiplied as a dense one: what is saved is the reading. For one token the kept weights meet the
+multiplied as a dense one: what is saved is memory traffic. For one token the kept weights meet the
 entries of x they belong to without any matrix product.
 """
 

@@ -272,7 +272,7 @@ def advise(
     tokens: Annotated[
         str,
         typer.Option(
-            help="Tokens per call: the batch size when generating, whole prompts when reading."
+            help="Tokens per call: the batch size in decode, all tokens of the prompts in prefill."
         ),
     ] = "1,16,256,4096",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
@@ -326,7 +326,7 @@ def advise(
         )
     console.print(
         f"limits of the whole model, attention apart: {whole['byte_limit']:.2f}x where bytes bind "
-        f"(generating), {whole['operation_limit']:.2f}x where operations bind (reading prompts); "
+        f"(decode), {whole['operation_limit']:.2f}x where operations bind (prefill); "
         f"weights {_size(whole['dense_bytes'])} -> {_size(whole['packed_bytes'])}",
         highlight=False,
     )

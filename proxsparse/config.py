@@ -1,4 +1,4 @@
-"""Every setting, declared once: the command line's flags are generated from these dataclasses.
+"""Every setting. The command line's flags are generated from these dataclasses.
 
 A field's `help` is its documentation, on the command line and in Python alike. Frozen, so that a
 config can be hashed into a recipe and cannot change under a running job.

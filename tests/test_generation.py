@@ -31,7 +31,7 @@ MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", *WITHOUT_STATIC_CACHE)
 
 @pytest.fixture
 def lively(tiny_model: TinyModel) -> TinyModel:
-    """As `tiny_model`, with larger weights, lest every token be the same; no token is an end."""
+    """As `tiny_model`, with larger weights, so that tokens differ; no token is an end."""
 
     def make(name: str) -> Any:
         return enliven_(tiny_model(name))

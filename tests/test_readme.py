@@ -11,37 +11,42 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def tree() -> set[str]:
-    """The paths named in the annotated tree."""
+def tree() -> dict[str, str]:
+    """Path -> what it is, of the annotated tree."""
     block = README.split("## What is where")[1].split("```")[1]
-    paths, parent = set(), ""
-    for line in filter(None, block.splitlines()):
-        name = line.split()[0]
-        if line.startswith(" "):
-            paths.add(parent + name)
-        else:
-            parent = name
-            paths.add(name)
-    return paths
+    return dict(line.split(maxsplit=1) for line in block.splitlines() if line)
 
 
 def test_annotated_tree_is_complete_and_true() -> None:
     listed = tree()
+    assert 12 <= len(listed) <= 20
     for path in listed:
-        target = ROOT / path
-        assert target.is_dir() if path.endswith("/") else target.is_file(), path
-    package = ROOT / "proxsparse"
-    modules = {f"proxsparse/{path.name}" for path in package.glob("*.py")}
-    assert modules - {"proxsparse/__init__.py"} <= listed
-    folders = {f"proxsparse/{path.name}/" for path in package.iterdir() if path.is_dir()}
-    assert {f for f in folders if "__" not in f} <= listed
+        assert (ROOT / path).is_dir(), path
+    rooms = {f"proxsparse/{p.name}/" for p in (ROOT / "proxsparse").iterdir() if p.is_dir()}
+    hidden = {"proxsparse/demo_model/", "proxsparse/kernels/"}  # named beside jobs/; a link
+    assert {room for room in rooms if "__" not in room} - hidden <= set(listed)
+    assert {"kernels/", "csrc/", "benchmarks/", "docs/", "tests/"} <= set(listed)
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 160
 
 
 def test_first_screen_names_the_two_commands() -> None:
     top = "\n".join(README.splitlines()[:15])
     assert "make demo" in top and "make test" in top
+    assert "the fast tests; `pytest -m slow` for the rest" in top
     rules = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(r"^demo:", rules, re.M) and re.search(r"^test:", rules, re.M)
+    for target in ("demo", "test", "docs"):
+        assert re.search(f"^{target}:", rules, re.M)
+
+
+def test_first_screen_shows_speed_and_quality() -> None:
+    top = README.split("## ")[0]
+    pictures = re.findall(r"!\[.+\]\((.+)\)", top)
+    assert pictures == ["docs/images/speed.png", "docs/images/quality.png"]
+    for word in ("Python", "PyTorch", "transformers", "Hopper", "Ampere"):
+        assert word in top
 
 
 @pytest.mark.parametrize(
@@ -58,10 +63,9 @@ def test_every_command_is_listed(name: str) -> None:
 def test_python_example_uses_what_exists() -> None:
     import proxsparse
 
-    example = README.split("```python")[1].split("```")[0]
-    for name in re.findall(r"proxsparse\.(\w+)\(", example):
+    for name in re.findall(r"proxsparse\.(\w+)\(", README):
         assert name in proxsparse.__all__
 
 
 def test_no_unfilled_tables() -> None:
-    assert "<!--" not in README
+    assert not re.search(r"-->\s*<!--", README)

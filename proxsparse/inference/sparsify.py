@@ -138,7 +138,7 @@ def densify_(model: nn.Module) -> tuple[str, ...]:
 def _choose(model: nn.Module, config: TargetConfig) -> tuple[list[str], dict[str, str]]:
     """Names of the layers to replace, and name -> reason of what stays dense.
 
-    It holds names only, lest a layer outlive its replacement.
+    It holds names only, so that no layer outlives its replacement.
     """
     with _as_dense(model) as sparse:
         found = find_targets(model, config)

@@ -45,8 +45,8 @@ def advise(
 
     Args:
         model: directory or name on the Hub, pruned, packed or dense; no weight is read.
-        tokens: numbers of tokens in one call: the batch size when generating, all tokens of the
-            prompts when reading them.
+        tokens: numbers of tokens in one call: the batch size while decoding, all tokens of
+            the prompts in prefill.
         targets: patterns of layers, see `find_targets`.
         ignore: patterns of layers that stay dense.
         device: "auto" or a torch device; only a CUDA device is measured.
@@ -58,8 +58,8 @@ def advise(
         "model": the same for all layers and what stays dense, {dense_bytes, packed_bytes,
         byte_limit: x for weights alone, operation_limit: x, speedup},
         "tuning": what the tuner did, the fields of `tuning.tune.Report`, or None where nothing was
-        measured, "left_dense": {name: reason}}. Experts count as if all of them were read; attention and its
-        cache are left out.
+        measured, "left_dense": {name: reason}}. Experts count as if all of them were read;
+        attention and its cache are left out.
 
     Raises:
         ProxsparseError: not a causal LM, bad patterns, or no layer could be sparse.

@@ -45,7 +45,7 @@ def generate(
         the first token, tokens_per_second: of all, decode_tokens_per_second: of those after the
         first (None when there are none), decoding: how, see `Decoded`, weight_bytes, text}},
         "same_tokens": whether both runs agree (None without `compare`), "speedup": likewise, of
-        tokens_per_second}. Seconds include the reading of the prompt; what warms up comes before.
+        tokens_per_second}. Seconds include prefill, not what warms up before it.
 
     Raises:
         ProxsparseError: no layer is 2:4, the prompt is empty, or max_new_tokens below 1.

@@ -1,8 +1,9 @@
 """The optimiser loop of the learned methods.
 
-It is short on purpose: no trainer, no callbacks. A method is a `Rule` that says what state a layer
-has, how one step changes it, and which weights it would keep; the loop owns everything else: data
-order, schedule, gradients, checkpoints, metrics, interruption.
+A method is a `Rule` that says what state a layer has, how one step changes it, and which weights it
+would keep. The loop owns everything else: data order, schedule, gradients, checkpoints, metrics,
+interruption. It is no general trainer: a trainer steps after the backward pass, and a layer here is
+updated inside it, as soon as its gradient is there.
 
 A run is a function of (model, tokens, settings): the batch of a step depends on the seed and the
 step alone, so a resumed run sees what an undisturbed one would have seen.

@@ -140,7 +140,7 @@ def check_finite(targets: Targets) -> None:
 
 
 def save_model(model: nn.Module, tokenizer: Any, directory: Path) -> None:
-    """Write model and tokenizer as a dense Hugging Face checkpoint.
+    """Write model and tokenizer as a Hugging Face checkpoint; sparse layers are stored packed.
 
     Raises:
         ProxsparseError: the disk is full or not writable.

@@ -432,7 +432,7 @@ def _tiles_shape(n: int, half: int) -> tuple[int, int, int]:
 
 
 def code_rows(values: Tensor, codes: Tensor) -> Tensor:
-    """The codes of a packed weight as `pack_2to4` has them, be they in tiles or not.
+    """The codes of a packed weight as `pack_2to4` has them, in tiles or not.
 
     Args:
         values: [N, K/2].

@@ -53,19 +53,31 @@ def prox_2to4(z: Tensor, lam: float | Tensor) -> Tensor:
 
         prox(z) = argmin_w  1/2 ||w - z||^2 + lam * R(w)
 
-    Signs and order of the magnitudes are those of z, so the problem is solved on z1 >= z2 >= z3 >=
-    z4 >= 0 (ties: the lower index counts as the larger). The minimiser is 2-sparse, 3-sparse or
-    dense, always on the largest entries; each of the three candidates is found and the lowest
-    objective kept.
+    Signs and order of the magnitudes are those of z, so the problem is solved on
 
-    What is proven. *2-sparse* is (z1, z2, 0, 0). *3-sparse*: for a fixed third entry t the first
-    two solve a linear system, which leaves g'(t) = t - z3 + lam*w1(t)*w2(t) = 0. An interior
-    minimum has w2 >= lam*t*w1, and there g' is convex, so on [0, min(z3, t_c)] with t_c in closed
-    form Newton from the right end falls monotonically onto the only minimum there can be. *Dense*:
-    with the pair sums S = w1 + w2 and q = w3 + w4 the differences are (z1 - z2)/(1 - lam*q) and (z3
-    - z4)/(1
-    - lam*S), which leaves a function of (S, q) whose Hessian is positive where sqrt(A*B) > lam*(S +
-    q) with A and B concave: a convex set, so again there is at most one interior minimum.
+        z1 >= z2 >= z3 >= z4 >= 0    (ties: the lower index counts as the larger).
+
+    The minimiser is 2-sparse, 3-sparse or dense, always on the largest entries. Each of the three
+    candidates is found and the lowest objective kept.
+
+    What is proven.
+
+    *2-sparse* is (z1, z2, 0, 0).
+
+    *3-sparse*: for a fixed third entry t the first two solve a linear system, which leaves
+
+        g'(t) = t - z3 + lam * w1(t) * w2(t) = 0.
+
+    An interior minimum has w2 >= lam * t * w1, and there g' is convex. So on [0, min(z3, t_c)],
+    with t_c in closed form, Newton from the right end falls monotonically onto the only minimum
+    there can be.
+
+    *Dense*: with the pair sums S = w1 + w2 and q = w3 + w4 the differences are
+
+        w1 - w2 = (z1 - z2) / (1 - lam * q)    and    w3 - w4 = (z3 - z4) / (1 - lam * S),
+
+    which leaves a function of (S, q). Its Hessian is positive where sqrt(A * B) > lam * (S + q)
+    with A and B concave: a convex set, so again there is at most one interior minimum.
 
     What is tested. That the 2-D Newton iteration (kept inside that convex set by falling half way
     back) arrives within its fixed number of steps: against multi-start coordinate descent in

@@ -34,8 +34,9 @@ from proxsparse.tuning.search import Outcome
 _TOLERANCE = 1.1
 _LARGEST_TOLERANCE = 4.0
 _REPEATS = 3  # runs that must agree bit for bit
-# A round times candidate and dense, in turn; the ratio of each round is one sample. Many short ones
-# are better than few long ones: the clock of a GPU at its power limit changes within milliseconds.
+# A round times candidate and dense, one after the other, and their ratio is one sample. Many short
+# rounds are better than few long ones: the clock of a GPU at its power limit changes within
+# milliseconds.
 _QUICK_ROUNDS, _FINAL_ROUNDS, _FEWEST_ROUNDS = 7, 15, 3
 _ROUND_SECONDS = 1e-3  # of GPU work, at least, for each of the two
 _LONG_SECONDS = 5e-3  # longer replays of all weights get fewer rounds
