@@ -45,9 +45,7 @@ print(result.report["recipe"]["method"], result.history)
 """,
         "learn_masks": """\
 texts = ["def add(a, b):\\n    return a + b\\n" * 100]
-masks = proxsparse.learn_masks(
-    model, texts, tokenizer, steps=2, batch_size=1, max_seq_length=64
-)
+masks = proxsparse.learn_masks(model, texts, tokenizer, steps=2, batch_size=1, max_seq_length=64)
 """,
     },
     "Masks": {
@@ -74,7 +72,7 @@ handle.remove()
 report = proxsparse.sparsify_(model)
 print(len(report.sparse), report.bytes / report.dense_bytes, report.left_dense)
 """,
-        "densify_": "print(len(proxsparse.densify_(model)), 'layers are dense again')\n",
+        "densify_": 'print(len(proxsparse.densify_(model)), "layers are dense again")\n',
         "SparseLinear": """\
 up = model.model.layers[0].mlp.up_proj
 layer = proxsparse.SparseLinear.from_linear(up)

@@ -250,7 +250,7 @@ def unpack(
 ) -> dict[str, Any]:
     """Turn a packed model back into the dense checkpoint with zeros, bit by bit.
 
-    Every program that reads Hugging Face models reads that one.
+    Every program that loads Hugging Face models loads the result.
     """
     from proxsparse.jobs.pack import unpack as run
 
@@ -281,8 +281,8 @@ def advise(
 ) -> dict[str, Any]:
     """Say which layers would gain from 2:4 on this machine, before anything is converted.
 
-    Reads the model's config only. On a CUDA device each shape is measured dense and sparse;
-    elsewhere the limits are shown that bytes and operations set.
+    Reads the model's config only. On a CUDA device it measures each shape dense and sparse;
+    elsewhere it shows the limits that bytes and operations set.
 
     Example: proxsparse advise ./llama --tokens 1,4096
     """
@@ -369,7 +369,7 @@ def generate(
 ) -> dict[str, Any]:
     """Continue a prompt with the model dense and sparse, and show both speeds side by side.
 
-    The choice of tokens is greedy, so both say the same unless rounding tips a near tie.
+    Decoding is greedy, so both give the same tokens unless rounding tips a near tie.
 
     Example: proxsparse generate ./llama-2to4 --prompt "Once upon a time"
     """
@@ -509,7 +509,7 @@ def demo(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory to create [default: none].")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A short form, under 40 seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, under 40 seconds.")] = False,
     console: Console,
 ) -> dict[str, Any]:
     """Learn and compare masks on a small model that ships with the package; needs no network."""

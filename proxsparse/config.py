@@ -90,7 +90,7 @@ class LearnConfig(_Checked):
         "auto",
         "What is kept per weight while learning. fast: float32 weights and states (20 bytes); "
         "balanced: the model's own dtype, states in bfloat16, gradients and "
-        "logits never whole, activations computed twice (8 bytes); low: the same with 8-bit states "
+        "logits never whole, activations recomputed (8 bytes); low: the same with 8-bit states "
         "(5 bytes; gates only). auto: the first that fits.",
     )
     checkpoint_every: int = option(
@@ -113,7 +113,7 @@ class RunConfig(_Checked):
     )
     random_init: bool = option(
         False,
-        "Ignore the model's weights and text: random weights of its shape (MODEL may be a mere "
+        "Ignore the model's weights and text: random weights of its shape (MODEL may be just a "
         "config.json) and random tokens. For measurements.",
     )
     tracker: str | None = option(

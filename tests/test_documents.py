@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 import proxsparse
+from proxsparse.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+OTHERS = {"--nproc-per-node", "--strict", "--check"}  # flags of other programs
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
 SOURCES = [
     path
@@ -91,7 +94,8 @@ def variables() -> set[str]:
 
 def test_every_environment_variable_is_documented() -> None:
     page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", page))
+    first_cells = re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE)
+    documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", " ".join(first_cells)))
     assert {"PROXSPARSE_CACHE", "PROXSPARSE_BUILD", "RANK", "CXX"} <= variables()
     assert variables() <= documented
     ours = {name for name in documented if name.startswith("PROXSPARSE_")}
@@ -173,11 +177,58 @@ def test_the_site_has_every_page() -> None:
 
 
 def test_code_files_that_documents_name_exist() -> None:
-    folders = ("proxsparse", "benchmarks", "docs", "kernels", "tests", "csrc")
+    """Paths from the root, or from the package."""
+    rooms = [path.name for path in (ROOT / "proxsparse").iterdir() if path.is_dir()]
+    folders = ("proxsparse", "benchmarks", "docs", "kernels", "tests", "csrc", *rooms)
     pattern = re.compile(rf"`((?:{'|'.join(folders)})/[\w./-]+\.\w+)`")
     for page in PAGES:
         for name in pattern.findall(page.read_text(encoding="utf-8")):
-            assert (ROOT / name).exists(), f"{page.name}: {name}"
+            places = (ROOT / name, ROOT / "proxsparse" / name)
+            assert any(place.exists() for place in places), f"{page.name}: {name}"
+
+
+def test_commands_in_documents_exist_with_their_flags() -> None:
+    import typer
+
+    group: Any = typer.main.get_command(app)
+    flags = {
+        name: {flag for parameter in command.params for flag in parameter.opts}
+        | {flag for parameter in command.params for flag in parameter.secondary_opts}
+        for name, command in group.commands.items()
+    }
+    somewhere = set().union(*flags.values()) | {"--version"}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for name, rest in re.findall(r"(?:^\$ |`|^|-m )proxsparse (\w+)\b([^`\n]*)", text, re.M):
+            assert name in flags, f"{page.name}: proxsparse {name}"
+            assert set(re.findall(r"--[a-z-]+", rest)) <= flags[name], f"{page.name}: {name}{rest}"
+        ours = set(re.findall(r"`(--[a-z][a-z-]+)", text)) - OTHERS
+        assert ours <= somewhere, f"{page.name}: {ours - somewhere}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_python_in_documents_uses_what_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        ast.parse(example)
+        for name in re.findall(r"\bproxsparse\.(\w+)\(", example):
+            assert name in proxsparse.__all__, name
+    for name in re.findall(r"`(\w+_)\((?:model|optimizer)", text):
+        assert name in proxsparse.__all__, name
+
+
+def test_the_first_sentences_of_the_readme_quote_the_results() -> None:
+    top = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[0]
+    folder = ROOT / "benchmarks" / "results" / "h200"
+    quality, model = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["summary"]
+        for name in ("mask_quality", "model")
+    )
+    for name in ("dense", "gates", "wanda"):
+        assert f"{quality[name]['heldout']:.1f}" in top, name
+    gains = [model[f"decode_speedup_b{batch}"] for batch in (1, 8, 32)]
+    assert f"{min(gains):.1f} to {max(gains):.1f} times" in top
+    assert f"in {model['weight_memory_ratio']:.2f} of the bytes" in top
 
 
 @pytest.mark.parametrize("words", ["lest", "be they", "be it", "in turn"])

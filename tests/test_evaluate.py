@@ -37,7 +37,7 @@ def test_equals_the_formula_and_ignores_batch_size(tiny_model: Any) -> None:
 def test_refusals(tiny_model: Any) -> None:
     with pytest.raises(ProxsparseError, match="pass the model's tokenizer"):
         evaluate_perplexity(tiny_model("llama"), "text")
-    with pytest.raises(ProxsparseError, match="has 10 tokens, less than one block of 512"):
+    with pytest.raises(ProxsparseError, match="has 10 tokens, fewer than one block of 512"):
         evaluate_perplexity(tiny_model("llama"), torch.zeros(10, dtype=torch.long))
 
 

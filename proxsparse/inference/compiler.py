@@ -1,8 +1,8 @@
 """A backend for torch.compile: Inductor, with products of one input launched together.
 
 The projections of queries, keys and values multiply the same tokens, as do those of gate and up.
-While a model decodes each is a matter of microseconds: a small one leaves most of a GPU idle, and
-each launch a moment of it. Module by module nobody can see that; in a traced graph it is plain.
+While a model decodes, each takes microseconds: a small one leaves most of a GPU idle, and every
+launch costs time of its own. No module sees that others share its input; a traced graph shows it.
 
     torch.compile(model, backend="proxsparse")
 """

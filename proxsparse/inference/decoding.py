@@ -101,7 +101,7 @@ class Decoder:
         """Start anew: read the prompts and append the first new token of each.
 
         Args:
-            input_ids: int64 [B, L], L less than `max_tokens`; no padding.
+            input_ids: int64 [B, L], fewer than `max_tokens` tokens each; no padding.
 
         Raises:
             ProxsparseError: another batch size, or prompts that are empty or leave no room.

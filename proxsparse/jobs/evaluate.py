@@ -49,7 +49,7 @@ def evaluate_perplexity(
     blocks = data if data.dim() == 2 else to_blocks(data, max_seq_length)
     if blocks.shape[0] == 0:
         raise ProxsparseError(
-            f"the text has {data.numel()} tokens, less than one block of {max_seq_length}: "
+            f"the text has {data.numel()} tokens, fewer than one block of {max_seq_length}: "
             "give more text or a smaller --max-seq-length"
         )
     device = next(model.parameters()).device

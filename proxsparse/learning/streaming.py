@@ -2,9 +2,9 @@
 
 The parameters of the model stay the original weights. While a decoder block runs, those of its
 targets point to one scratch buffer that holds the weights the block computes with now, made on the
-spot. The block's activations are not kept but computed again in the backward pass, weights
-included, and each layer's gradient is handed over and dropped as soon as it is there. The price is
-one more forward pass.
+spot. The block's activations are not kept but recomputed in the backward pass, weights included,
+and each layer's gradient is handed over and dropped as soon as it is there. The price is one more
+forward pass.
 
 Why one buffer is enough: autograd runs all of a block's backward before it reaches the block that
 came before it, and a parameter's gradient is complete only when nothing else will read its weight.

@@ -46,7 +46,7 @@ class Masks(Mapping[str, Tensor]):
     metadata: dict[str, str] = field(default_factory=dict)
 
     def add(self, target: Target, mask: Tensor) -> None:
-        """Take up the mask of one layer, bool in the canonical shape."""
+        """Add the mask of one layer, bool in the canonical shape."""
         self.codes[target.parameter_name] = reference.mask_to_codes(mask.reshape(-1)).cpu()
         self.shapes[target.parameter_name] = tuple(mask.shape)
 
@@ -149,7 +149,7 @@ def targets_of(model: nn.Module, masks: Masks) -> Targets:
     """The layers of `model` that `masks` belong to.
 
     Raises:
-        ProxsparseError: a mask names a layer the model has not, or of another shape.
+        ProxsparseError: a mask names a layer that the model lacks, or has another shape.
     """
     named = tuple(name.removesuffix(".weight") for name in masks)
     try:
@@ -211,18 +211,18 @@ def keep_masks_(
 ) -> RemovableHandle:
     """Hold a model's masks while it is trained on: now and after each step of the optimiser.
 
-    The optimiser may be any: momentum and weight decay may move a pruned weight, but it is +0.0
-    again before the next forward pass. A sparse model is turned dense first, with `densify_`, and
-    sparse again afterwards. What changes weights outside of steps, such as the merge of a LoRA
-    adapter, is followed by `apply_masks_`.
+    Any optimiser will do: momentum and weight decay may move a pruned weight, but it is +0.0 again
+    before the next forward pass. Turn a sparse model dense first, with `densify_`, and sparse again
+    afterwards. After a change outside of steps, such as merging a LoRA adapter, call
+    `apply_masks_`.
 
     Args:
         model: the model that is trained.
         optimizer: what updates its weights.
-        masks: which weights stay; by default those that are not zero now, see `masks_of`.
+        masks: which weights stay; default: those that are not zero now, see `masks_of`.
 
     Returns:
-        A handle; its `remove()` ends it.
+        A handle whose `remove()` lets the pruned weights go.
 
     Raises:
         ProxsparseError: a mask fits no layer of the model, or none is given and no layer is 2:4.
