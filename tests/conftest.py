@@ -131,7 +131,7 @@ TINY_MODELS = tuple(_CONFIGS)
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test once for each of TINY_MODELS, or on every backend, if it asks for one."""
-    if "place" in metafunc.fixturenames:  # in the DTYPES of its file
+    if "place" in metafunc.fixturenames and hasattr(metafunc.module, "DTYPES"):
         metafunc.parametrize("place", _places(metafunc.module.DTYPES), indirect=True, ids=str)
     if "tiny_model_name" in metafunc.fixturenames:
         metafunc.parametrize("tiny_model_name", TINY_MODELS)

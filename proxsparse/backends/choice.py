@@ -1,10 +1,10 @@
-"""Which executor a 2:4 linear layer runs on, per GPU, library, shape and token count: measured.
+"""Which executor a call of `sparse_linear` runs on: by measurement, or else by rule.
 
 Five executors compute x W^T + bias: `dense` (cuBLAS on an unpacked weight that is held anyway),
-`cusparselt`, `decode` and `prefill` (kernels of ours for few and for many tokens, where they were
+`cusparselt`, `decode` and `prefill` (our kernels for few and for many tokens, where they were
 built) and `unpack` (the dense weight made anew for the call). None is best everywhere, and a
-library's algorithm can be slow or wrong. So candidates are measured beside dense, and one is used
-in its place only if it
+library's algorithm can be slow or wrong. So `tuning` measures candidates beside dense, and one is
+used in its place only if it
 
 - agrees with a float32 product as well as dense does, and with itself, run after run,
 - is at least MARGIN times as fast as dense.
@@ -12,14 +12,9 @@ in its place only if it
 That is decided for ranges of token counts, and for the upper end of a range by itself: kernels work
 in tiles of 128 or 256 tokens, which a round count fills and the next one does not, so sparse often
 wins at 4096 tokens and loses at 3073. Two counts stand for those below the end, and the worse of
-them decides.
+them decides. Where nothing was measured, `choose_by_rule` says what runs.
 
-Everything is tried in a child process: one that crashes or hangs costs that candidate, not the run.
-What was found is kept as JSON in the user's cache directory, one file per GPU and library version;
-tables that ship with the package are read first. Where nothing was measured, `choose_by_rule` says
-what runs.
-
-This file knows nothing of how candidates run (`tuning_worker` does), so it is tested without a GPU.
+This file is pure: it runs nothing, reads nothing, and is tested without a GPU.
 """
 
 from __future__ import annotations

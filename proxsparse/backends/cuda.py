@@ -1,15 +1,8 @@
-"""The CUDA backend: tensors in, pointers out.
+"""The CUDA backend: the ops of `proxsparse._cuda` on tensors.
 
-`proxsparse._cuda` is built without libtorch and knows only addresses, sizes and streams; this file
-joins it to PyTorch, and picks, by `tuning`, what a call of `sparse_linear` runs on. That is decided
-once per shape, range of token counts and set of weight forms; afterwards a call costs one look-up
-before its launch.
-
-Memory for results and workspaces comes from PyTorch's allocator, on the stream that is current. A
-stream has one workspace, reused by its calls in order; a call that is captured in a CUDA graph
-takes one from the graph's own memory instead, so that a replay shares it with nobody. Likewise
-signals, by which blocks of the kernel for many tokens wait for each other: they are zeros between
-launches, so what is captured takes some from a stock that was made before, and keeps them.
+The extension is built without libtorch and knows only addresses, sizes and streams. What a call of
+`sparse_linear` runs on is decided by `choice`, once per shape, range of token counts and set of
+weight forms; afterwards a call costs one look-up before its launch.
 
 Importing this module raises ImportError, with the reason, when the extension was not built.
 """

@@ -1,4 +1,9 @@
-"""How each executor is called: dense, unpacked, cuSPARSELt, our kernels for few and many tokens."""
+"""How each executor is called: dense, unpacked, cuSPARSELt, our kernels for few and many tokens.
+
+An executor is made once for a weight's shape and serves every call of it, so whatever does not
+depend on the operands is worked out when it is made. Each is checked against the definition before
+its first use (`is_right`): a kernel that is wrong on this GPU is not used, and the log says so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Workspaces and signals of a stream, or of a capture in a CUDA graph."""
+"""Workspaces and signals of a stream, or of what is captured in a CUDA graph.
+
+Memory comes from PyTorch's allocator, on the stream that is current. A stream has one workspace,
+reused by its calls in order; a call that is captured in a CUDA graph takes one from the graph's own
+memory instead, so that a replay shares it with nobody. Likewise signals, by which blocks of the
+kernel for many tokens wait for each other: they are zeros between launches, so what is captured
+takes some from a stock that was made before, and keeps them.
+"""
 
 from __future__ import annotations
 

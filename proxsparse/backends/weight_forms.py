@@ -1,4 +1,9 @@
-"""One weight in every form that a kernel reads."""
+"""One weight in every form that a kernel reads, and what alignment those need.
+
+On Hopper one copy serves all: values and, behind them, codes in tiles are what our kernels read,
+and also what cuSPARSELt calls a compressed weight. The latter is nowhere promised, so it is tried
+before it is relied on.
+"""
 
 from __future__ import annotations
 

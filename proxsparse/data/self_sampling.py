@@ -1,4 +1,4 @@
-"""Calibration without data: text sampled from the model itself."""
+"""Calibration without data: text sampled from the dense model itself, one block at a time."""
 
 from __future__ import annotations
 

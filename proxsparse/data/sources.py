@@ -1,4 +1,8 @@
-"""Where calibration text comes from: files, folders, data sets on the Hub, tables in memory."""
+"""Where calibration text comes from: files, folders, the Hub, and what is in memory already.
+
+Each source is opened as one thing (`_Text`): a name for reports, a stream of documents, and whether
+all of it must be read, so that what draws blocks need not know where text came from.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Long texts to tokens, exactly and in parallel, and tokens to blocks."""
+"""Documents to tokens: exactly what one call of the tokenizer gives, for texts of any length.
+
+A long text is cut where the tokenizer would cut it anyway and its pieces are tokenised in parallel;
+each piece is tokenised together with the text before it, and compared, so a cut that would change a
+token is not made.
+"""
 
 from __future__ import annotations
 

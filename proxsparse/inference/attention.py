@@ -1,4 +1,8 @@
-"""Attention of one position as decoding needs it: grouped queries, no key or value repeated."""
+"""Attention of one position, with grouped queries and nothing repeated.
+
+What is left of a decode step beside its weights is mostly attention: transformers repeats keys and
+values for the query heads that share them, whole cache and in every layer. A step does without.
+"""
 
 from __future__ import annotations
 

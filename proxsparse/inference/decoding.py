@@ -1,13 +1,9 @@
-"""Greedy decoding that a GPU can replay, and the same prompt through a model dense and sparse.
+"""Greedy decoding that a GPU can replay.
 
 A decode step is a few hundred kernels of microseconds each; launched one by one, the host would be
 what is measured. So every tensor of a step (tokens, position, cache) stays where it is, and the
 step is recorded once as a CUDA graph. Models whose state cannot stay in place are left to
 transformers, and the result says so.
-
-What is left beside the weights is mostly attention: transformers repeats keys and values for the
-query heads that share them, whole cache and in every layer. A step does without, see
-`_grouped_attention`.
 """
 
 from __future__ import annotations

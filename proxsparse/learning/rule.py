@@ -1,4 +1,4 @@
-"""What a learned method adds to the loop: the state of a layer and how a step changes it."""
+"""What a learned method adds to the loop: the state of a layer, and how one step changes it."""
 
 from __future__ import annotations
 

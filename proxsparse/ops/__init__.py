@@ -1,10 +1,8 @@
-"""The only seam between what the package does and how it is computed.
+"""The seam between what the package does and how it is computed: the checked functions people call.
 
 Each op is registered with `torch.library` (so torch.compile and CUDA graphs see it) and runs on one
 of four backends: `reference` (PyTorch, any device, the definition), `cpu` (C++ and OpenMP), `cuda`
-(C++ and CUDA) or `triton` (CUDA). Automatic choice takes the first fast one of the tensor's device
-that has the op, and logs once why when there is none; a backend asked for by name, with
-`use_backend`, runs or raises.
+(C++ and CUDA) or `triton` (CUDA). Which one is `dispatch`'s business.
 
 Scalars that change every step (step, lr, lam, grad_scale) may be Python floats or 0-d tensors. A
 0-d tensor on the GPU is read by the kernel itself: no host synchronisation, so a captured graph can

@@ -1,4 +1,8 @@
-"""Which backend runs an op on a tensor, or the reason in words why one cannot."""
+"""Which backend runs an op on a tensor, or the reason in words why one cannot.
+
+Automatic choice takes the first fast backend of the tensor's device that has the op, and logs once
+why when there is none; a backend asked for by name, with `use_backend`, runs or raises.
+"""
 
 from __future__ import annotations
 

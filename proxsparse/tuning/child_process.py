@@ -1,4 +1,4 @@
-"""A child process that measures: it may crash or hang, and its parent goes on."""
+"""A child process that tries candidates: if one crashes or hangs, the run goes on without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The best candidates of one cell: all of them tried quickly, the best measured with care."""
+"""The best candidates of one cell.
+
+All candidates have a quick trial; the leaders of each executor are measured with care, because
+quick trials are noisy. What breaks the child process, or is wrong, is banned.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The child process of `choice.ChildWorker`: verifies and times candidates on a GPU.
+"""The child process of `child_process.ChildWorker`: verifies and times candidates on a GPU.
 
     python -m proxsparse.tuning.trials DEVICE
 

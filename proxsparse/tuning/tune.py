@@ -1,4 +1,4 @@
-"""Measures cells within a deadline, and reports what was found, late or banned."""
+"""Measures the cells that a table lacks, within a deadline, and reports what came of it."""
 
 from __future__ import annotations
 
