@@ -200,8 +200,8 @@ def fields(thing: Any) -> str:
     """The fields of a config class as a table."""
     rows = ["| field | type | default | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(thing):
-        cells = (f"`{field.name}`", f"`{field.type}`", f"`{field.default!r}`")
-        cells = tuple(cell.replace("|", "\\|") for cell in (*cells, field.metadata["help"]))
+        kind = str(field.type).replace(" | ", " or ")  # a bar would end the cell
+        cells = (f"`{field.name}`", f"`{kind}`", f"`{field.default!r}`", field.metadata["help"])
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 

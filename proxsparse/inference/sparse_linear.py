@@ -57,7 +57,7 @@ class SparseLinear(nn.Module):
             and codes itself.
 
     Raises:
-        ProxsparseError: `keep_dense` is no bool, or tensors that are no packed weight.
+        ProxsparseError: `keep_dense` is not a bool, or the tensors are not a packed weight.
     """
 
     bias: nn.Parameter | None
@@ -119,7 +119,7 @@ class SparseLinear(nn.Module):
     def empty_like(cls, linear: Any, *, keep_dense: bool = False) -> SparseLinear:
         """A layer of the shape, dtype and device of `linear`, to load a state dict into.
 
-        Its weight is whatever lay in memory.
+        Its weight is uninitialised memory.
         """
         w, is_conv1d = _canonical_weight(linear)
         n, k = w.shape
@@ -160,7 +160,7 @@ class SparseLinear(nn.Module):
 
     @torch.no_grad()
     def refresh_(self) -> None:
-        """Build the other forms of the weight anew, after `values` or `codes` were written to."""
+        """Rebuild the other forms of the weight, after `values` or `codes` were written to."""
         self._runs.clear()
         self.compressed = self.dense = None
         if self.values.is_meta or self.codes.is_meta:

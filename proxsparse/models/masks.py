@@ -209,7 +209,7 @@ def masks_of(model: nn.Module) -> Masks:
 def keep_masks_(
     model: nn.Module, optimizer: torch.optim.Optimizer, masks: Masks | None = None
 ) -> RemovableHandle:
-    """Hold a model's masks while it is trained on: now and after each step of the optimiser.
+    """Keep a model's masks in further training: now and after each step of the optimiser.
 
     Any optimiser will do: momentum and weight decay may move a pruned weight, but it is +0.0 again
     before the next forward pass. Turn a sparse model dense first, with `densify_`, and sparse again
