@@ -155,11 +155,10 @@ class _Run:
         heads = tuple(t for t in layers if t.block == len(self.job.targets.blocks))
         everything: Dense = functools.partial(self.dense, layers)
         of_head: Dense = functools.partial(self.dense, heads) if heads else contextlib.nullcontext
-        lean = self.job.learn.memory in ("balanced", "low")
         # The head of several processes is gathered once a step, so it is the same for all pieces.
         chunked = not (heads and distributed.world_size() > 1) and can_chunk(model, tokens)
         if not self.rule.distils:
-            return chunked_next_token_loss if lean and chunked else next_token_loss
+            return chunked_next_token_loss if chunked else next_token_loss
         if chunked:
             return functools.partial(chunked_divergence_loss, dense=everything, dense_head=of_head)
         return functools.partial(divergence_loss, dense=everything)
