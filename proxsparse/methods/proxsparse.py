@@ -34,8 +34,8 @@ from proxsparse.models.targets import Target
 # that the paper clips needs all gradients at once, so there is no mode that never holds them.
 MEMORY = {"fast": 4 * 4.0, "balanced": 4 * 2.0}
 
-_LR = 0.06  # of a layer, relative to sigma
-_LAM = 0.06  # in the end, times sigma
+_LR = 0.03  # of a layer, relative to sigma
+_LAM = 0.03  # in the end, times sigma
 _PUBLISHED_LR = 1e-4
 
 
