@@ -454,8 +454,8 @@ def gate_prior(w0: Tensor, act_norm: Tensor) -> Tensor:
             the scale of a group cancels.
 
     Returns:
-        A = max(b / rms_group(b), 1e-3) with b = a^1.5 and a = |w0| * act_norm relative to its RMS in
-        the group; [..., N, K] in the compute dtype.
+        A = max(b / rms_group(b), 1e-3) with b = a^1.5 and a = |w0| * act_norm, relative to its RMS
+        in the group; [..., N, K] in the compute dtype.
     """
     dtype = compute_dtype(w0.dtype)
     a = _groups(w0.to(dtype).abs() * act_norm.to(dtype).unsqueeze(-2))
