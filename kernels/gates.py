@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import reciprocal_root
+from .arithmetic import reciprocal_root, square_root
 from .exact import keep_two
 from .group import join_group, split_group
 
@@ -25,13 +25,22 @@ def columns(first, K, ROW_SPANS_TILE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def gate_prior(w0, norm, BLOCK: tl.constexpr):
-    """max(|w0|*norm / RMS of the group, 1e-3) of the four members of each group; fp32 [BLOCK/4]."""
-    a, b, c, d = split_group(tl.abs(w0) * norm, BLOCK)
+    """The prior of `reference.gate_prior`, of the four members of each group; fp32 [BLOCK/4]."""
+    a, b, c, d = _relative(*split_group(tl.abs(w0) * norm, BLOCK))
+    a, b = a * square_root(a), b * square_root(b)
+    c, d = c * square_root(c), d * square_root(d)
+    a, b, c, d = _relative(a, b, c, d)
+    a, b = tl.maximum(a, PRIOR_FLOOR), tl.maximum(b, PRIOR_FLOOR)
+    c, d = tl.maximum(c, PRIOR_FLOOR), tl.maximum(d, PRIOR_FLOOR)
+    return a, b, c, d
+
+
+@triton.jit
+def _relative(a, b, c, d):
+    """The members of groups over the RMS of their group."""
     # The floor under the mean square only keeps a group of zeros from dividing by zero.
     scale = reciprocal_root(tl.maximum(0.25 * (a * a + b * b + c * c + d * d), 1e-37))
-    a, b = tl.maximum(a * scale, PRIOR_FLOOR), tl.maximum(b * scale, PRIOR_FLOOR)
-    c, d = tl.maximum(c * scale, PRIOR_FLOOR), tl.maximum(d * scale, PRIOR_FLOOR)
-    return a, b, c, d
+    return a * scale, b * scale, c * scale, d * scale
 
 
 @triton.jit

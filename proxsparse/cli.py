@@ -516,7 +516,7 @@ def demo(
     from proxsparse.jobs.demo import run_demo
 
     _quiet_transformers()
-    logging.getLogger(__name__).setLevel(logging.WARNING)  # its runs are not the user's
+    logging.getLogger("proxsparse").setLevel(logging.WARNING)  # its runs are not the user's
     return run_demo(console, output, quick=quick)
 
 

@@ -51,7 +51,12 @@ class CalibrationConfig(_Checked):
         "blocks are reused.",
         minimum=1,
     )
-    max_seq_length: int = option(512, "Tokens per calibration block.", minimum=2)
+    max_seq_length: int | None = option(
+        None,
+        "Tokens per calibration block. Default: the model's positions, at most 2,048; masks "
+        "learned on shorter blocks are worse.",
+        minimum=2,
+    )
     seed: int = option(0, "Seed of the choice and the order of the calibration blocks.", minimum=0)
 
 
@@ -83,7 +88,12 @@ class LearnConfig(_Checked):
     """The optimiser loop shared by the learned methods."""
 
     steps: int = option(400, "Optimiser steps.", minimum=1)
-    batch_size: int = option(8, "Blocks per step.", minimum=1)
+    tokens: str | None = option(
+        None, "How long to learn, in tokens, such as 1.6M or 25M: sets the number of steps."
+    )
+    batch_size: int | None = option(
+        None, "Blocks per step. Default: as many as make 4,096 tokens.", minimum=1
+    )
     lr: float | None = option(None, "Peak learning rate (default: the method's).", minimum=0)
     lam: float | None = option(None, "Proximal strength (default: the method's).", minimum=0)
     memory: Literal["auto", "fast", "balanced", "low"] = option(
@@ -138,12 +148,17 @@ class SparseGPTConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class ProxSparseConfig(_Checked):
-    """Options of ProxSparse; its lr defaults to 1e-4 and its lam to 0.25 (Llama-2-7B's)."""
+    """Options of ProxSparse.
+
+    By default a layer's lr and lam are in units of its weights, and the loss is that of gates. With
+    --lam, or a preset, they are the numbers of the paper, the same in all layers (lr 1e-4 unless
+    given), and so is its loss, the next token's cross-entropy.
+    """
 
     lam_scaling: Literal["raw", "lr"] = option(
         "raw",
-        "raw: lam at every step, as the published code; lr: lam times the step's learning rate "
-        "relative to its peak.",
+        "Of a --lam that is given. raw: the same at every step, as the published code; lr: times "
+        "the step's learning rate relative to its peak.",
     )
     lam2: float = option(0.0, "Strength of the frozen-weight regulariser.", minimum=0)
     reg_eps: float = option(0.1, "Its eps, in units of the weights.", minimum=1e-12)

@@ -139,7 +139,7 @@ def test_a_killed_job_goes_on_with_another_number_of_processes(
         step = learn._Run.step
 
         def die(self: Any, *args: Any) -> Any:
-            if self.moment.step == 5:
+            if self.scalars.step == 5:
                 raise Killed
             return step(self, *args)
 

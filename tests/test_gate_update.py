@@ -20,11 +20,11 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 def literal_prior(w0: Tensor, act_norm: Tensor) -> Tensor:
-    """|W0_ik| * ||X_k||, normalised to RMS 1 in each group of four, floor 1e-3; [N, K]."""
+    """(|W0_ik| ||X_k||)^1.5, normalised to RMS 1 in each group of four, floor 1e-3; [N, K]."""
     prior = torch.empty_like(w0)
     for i, group in itertools.product(range(w0.shape[0]), range(w0.shape[1] // 4)):
         columns = range(4 * group, 4 * group + 4)
-        a = [abs(float(w0[i, k])) * float(act_norm[k]) for k in columns]
+        a = [(abs(float(w0[i, k])) * float(act_norm[k])) ** 1.5 for k in columns]
         rms = math.sqrt(sum(x * x for x in a) / 4)
         for k, x in zip(columns, a, strict=True):
             prior[i, k] = max(x / rms if rms else 0.0, 1e-3)

@@ -118,14 +118,19 @@ def test_a_resumed_graph_run_equals_an_undisturbed_one(
 
 
 def wait_in_the_loss(patch: Any) -> None:
-    loss = learning.next_token_loss
+    loss = learning._Run.loss
 
-    def waiting(model: Any, tokens: Tensor) -> Tensor:
-        value = loss(model, tokens)
-        value.item()
-        return value
+    def waiting(run: Any, sample: Tensor) -> Any:
+        compute = loss(run, sample)
 
-    patch.setattr(learning, "next_token_loss", waiting)
+        def wait(model: Any, tokens: Tensor) -> Tensor:
+            value = compute(model, tokens)
+            value.item()
+            return value
+
+        return wait
+
+    patch.setattr(learning._Run, "loss", waiting)
 
 
 def wait_in_an_update_while_captured(patch: Any) -> None:

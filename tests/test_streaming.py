@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +17,13 @@ from proxsparse.learning import loss
 from proxsparse.learning.job import Job
 from proxsparse.learning.layerwise import collect_input_norms
 from proxsparse.learning.loop import learn
-from proxsparse.learning.loss import can_chunk, chunked_next_token_loss, next_token_loss
+from proxsparse.learning.loss import (
+    can_chunk,
+    chunked_divergence_loss,
+    chunked_next_token_loss,
+    divergence_loss,
+    next_token_loss,
+)
 from proxsparse.learning.streaming import consuming_gradients, weights_on_demand
 from proxsparse.methods.gates import _Gates
 from proxsparse.models.targets import find_targets
@@ -104,29 +113,70 @@ def test_an_error_in_a_block_leaves_the_weights(tiny_model: Any) -> None:
     assert "forward" not in model.model.layers[1].__dict__
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "qwen3_moe"])
-def test_chunked_loss_equals_the_whole_one(tiny_model: Any, name: str, monkeypatch: Any) -> None:
+def dense_as(model: Any, weights: dict[str, Tensor]) -> Any:
+    """A context in which the model has these weights."""
+
+    @contextlib.contextmanager
+    def dense() -> Iterator[None]:
+        own = {k: p.data for k, p in model.named_parameters()}
+        for k, p in model.named_parameters():
+            p.data = weights[k]
+        yield
+        for k, p in model.named_parameters():
+            p.data = own[k]
+
+    return dense
+
+
+@pytest.mark.parametrize("kind", ["next token", "divergence"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "phi", "qwen2"])
+def test_chunked_loss_equals_the_whole_one(
+    tiny_model: Any, name: str, kind: str, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 96 * 7)  # pieces of 7 tokens, and a rest
-    model = tiny_model(name)
-    largest = []
-    handle = model.get_output_embeddings().register_forward_hook(
-        lambda _, __, out: largest.append(out.shape[:-1].numel())
-    )
+    model = tiny_model(name).double()
     assert can_chunk(model, TOKENS)
-    largest.clear()
-    gradients = []
-    for compute in (next_token_loss, chunked_next_token_loss):
+    weights = {k: p.detach() + 0.05 * torch.randn_like(p) for k, p in model.named_parameters()}
+    dense = dense_as(model, weights)
+    if kind == "next token":
+        losses = [next_token_loss, chunked_next_token_loss]
+    else:
+        losses = [
+            functools.partial(divergence_loss, dense=dense),
+            functools.partial(chunked_divergence_loss, dense=dense, dense_head=dense),
+        ]
+    largest: list[int] = []
+    head = model.get_output_embeddings()
+    results = []
+    for compute in losses:
         model.zero_grad()
-        value = compute(model, TOKENS)
-        value.backward()
-        gradients.append((value.detach(), *(p.grad for p in model.parameters())))
-        if compute is next_token_loss:
-            largest.clear()
-    handle.remove()
-    for whole, pieces in zip(*gradients, strict=True):
-        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-6)
-    # The first call is the one without the head, which passes the hidden states on.
-    assert max(largest[1:]) == 7
+        largest.clear()
+        with head.register_forward_hook(lambda _, __, out: note(largest, out)):
+            value = compute(model, TOKENS)
+            (2 * value).backward()
+        results.append((value.detach(), *(p.grad for p in model.parameters())))
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-12)
+    assert max(largest) == 7
+
+
+def note(largest: list[int], out: Tensor) -> None:
+    """Remember how many rows of logits there were; hidden states that pass through are none."""
+    if out.shape[-1] == 96:
+        largest.append(out.shape[:-1].numel())
+
+
+def test_divergence_is_that_of_the_definition_and_none_from_itself(tiny_model: Any) -> None:
+    model = tiny_model("llama").double()
+    same = contextlib.nullcontext
+    assert divergence_loss(model, TOKENS, same).item() == pytest.approx(0, abs=1e-12)
+    weights = {k: p.detach() + 0.05 * torch.randn_like(p) for k, p in model.named_parameters()}
+    dense = dense_as(model, weights)
+    log_p = model(input_ids=TOKENS).logits.log_softmax(-1)
+    with dense():
+        log_q = model(input_ids=TOKENS).logits.log_softmax(-1)
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    torch.testing.assert_close(divergence_loss(model, TOKENS, dense), expected)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "clipped"])

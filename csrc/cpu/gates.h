@@ -54,17 +54,26 @@ PROXSPARSE_INLINE const float* read_norms(const GateCall& call, std::int64_t at,
   return norms;
 }
 
-// In groups [begin, end): the prior, which is the importance |w0| * norm scaled to RMS 1 in each
-// group and floored (reference.gate_prior), and its product with the gates: z, the point whose prox
-// is taken.
+// What scales a group to RMS 1; 0 for a group of zeros.
+PROXSPARSE_INLINE float to_unit_rms(float a, float b, float c, float d) {
+  const float rms = std::sqrt(0.25f * (a * a + b * b + c * c + d * d));
+  return rms > 0.0f ? 1.0f / rms : 0.0f;
+}
+
+// In groups [begin, end): the prior, which is the importance |w0| * norm to the power 1.5, scaled to
+// RMS 1 in each group and floored (reference.gate_prior), and its product with the gates: z, the
+// point whose prox is taken.
 PROXSPARSE_INLINE void gate_prior(const float* importance, const float* gate, const Bounds& bounds,
                                   int begin, int end, Lanes (&prior)[4], Lanes (&z)[4]) {
   PROXSPARSE_SIMD
   for (int i = begin; i < end; ++i) {
-    const float a = importance[4 * i], b = importance[4 * i + 1];
-    const float c = importance[4 * i + 2], d = importance[4 * i + 3];
-    const float rms = std::sqrt(0.25f * (a * a + b * b + c * c + d * d));
-    const float scale = rms > 0.0f ? 1.0f / rms : 0.0f;
+    float a = importance[4 * i], b = importance[4 * i + 1];
+    float c = importance[4 * i + 2], d = importance[4 * i + 3];
+    // Before the power as well, which would overflow or underflow where weights are far from 1.
+    const float unit = to_unit_rms(a, b, c, d);
+    a *= unit, b *= unit, c *= unit, d *= unit;
+    a *= std::sqrt(a), b *= std::sqrt(b), c *= std::sqrt(c), d *= std::sqrt(d);
+    const float scale = to_unit_rms(a, b, c, d);
     prior[0][i] = bounds.raise(a * scale), prior[1][i] = bounds.raise(b * scale);
     prior[2][i] = bounds.raise(c * scale), prior[3][i] = bounds.raise(d * scale);
     z[0][i] = prior[0][i] * gate[4 * i], z[1][i] = prior[1][i] * gate[4 * i + 1];

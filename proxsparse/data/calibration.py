@@ -84,6 +84,7 @@ def load_calibration(
             column; settings the source has no use for; a Hub that cannot be reached; a block longer
             than the model's positions; ids outside its vocabulary.
     """
+    assert config.max_seq_length is not None
     length, needed = config.max_seq_length, num_samples * config.max_seq_length
     if num_samples < 1:
         raise ProxsparseError(f"num_samples is {num_samples}: at least 1 block must be drawn")
@@ -110,11 +111,17 @@ def load_calibration(
         raise ProxsparseError(f"{text.source} holds no text: there is nothing to calibrate on")
     _check_ids(tokens, model)
     blocks = to_blocks(tokens, length)
+    if blocks.shape[0] == 0:
+        raise ProxsparseError(
+            f"{text.source} has {tokens.numel():,} tokens, less than one sequence of {length:,}: "
+            "give more text or a smaller --max-seq-length"
+        )
     if blocks.shape[0] < num_samples:
         raise ProxsparseError(
             f"{num_samples:,} samples of {length:,} tokens were asked for, which is {needed:,} "
             f"tokens, but {text.source} has {tokens.numel():,} ({blocks.shape[0]:,} samples): give "
-            "more text, or a smaller --num-calibration-samples or --max-seq-length"
+            "more text or, to a learned method, fewer --tokens; or let blocks be seen again with "
+            f"--num-calibration-samples {blocks.shape[0]}"
         )
     generator = torch.Generator().manual_seed(config.seed)
     drawn = torch.randperm(blocks.shape[0], generator=generator)[:num_samples]

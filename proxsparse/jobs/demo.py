@@ -38,7 +38,7 @@ _TITLES = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
-    "proxsparse": "ProxSparse (paper)",
+    "proxsparse": "ProxSparse",
     "gates": "gates",
 }
 
@@ -78,8 +78,6 @@ def _recipe(method: str, quick: bool) -> Recipe:
     settings: dict[str, Any] = {"calibration": "stdlib", "max_seq_length": 256}
     if method in ("gates", "proxsparse"):
         settings.update(steps=30 if quick else 160, batch_size=4)
-    if method == "proxsparse":
-        settings["lam"] = 0.1  # the best of a grid, see benchmarks/results/NOTES.md
     if quick and method in ("wanda", "sparsegpt"):
         settings["num_calibration_samples"] = 64
     return make_recipe(method, **settings)
@@ -88,9 +86,10 @@ def _recipe(method: str, quick: bool) -> Recipe:
 def _calibration(tokenizer: Any, model: Any, quick: bool) -> Calibration:
     """The blocks of every method: the first ones drawn serve those that need fewer."""
     recipe = _recipe("gates", quick)
+    length = recipe.calibration.max_seq_length or 0
     modules = stdlib_texts("train")
     random.Random(recipe.calibration.seed).shuffle(modules)
-    enough = 12 * recipe.num_samples * recipe.calibration.max_seq_length  # characters, with slack
+    enough = 12 * recipe.num_samples * length  # characters, with slack
     lengths = itertools.accumulate(len(text) for _, text in modules)
     texts = [text for (_, text), length in zip(modules, lengths, strict=True) if length < enough]
     return load_calibration(texts, tokenizer, recipe.calibration, recipe.num_samples, model)

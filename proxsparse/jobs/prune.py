@@ -81,7 +81,7 @@ def learn_masks(
     Raises:
         ProxsparseError: bad input or settings.
     """
-    recipe = make_recipe(method, preset, **settings)
+    recipe = make_recipe(method, preset, **settings).for_model(model)
     if recipe.method.updates_weights(recipe.options):
         raise ProxsparseError(
             f"{method} changes the weights it keeps, so its masks alone are not its result: pass "
@@ -140,6 +140,7 @@ def prune(
         began = time.perf_counter()
         skeleton = build_model(model, torch.device("meta"))
         skeleton_targets = find_targets(skeleton, recipe.targets)
+        recipe = recipe.for_model(skeleton, distributed.world_size())
         recipe = settle_memory(recipe, skeleton, skeleton_targets, device)
         # Of several processes each reads the whole model and keeps its rows of it on the device.
         home = torch.device("cpu") if several else device
@@ -254,7 +255,8 @@ def settle_memory(
     """The recipe with a mode of memory that fits in place of auto; says what it will take.
 
     Args:
-        recipe: the settings; those of a method that does not learn come back as they are.
+        recipe: the settings, `Recipe.for_model`; those of a method that does not learn come back
+            as they are.
         model: the model, here or on the meta device.
         targets: what is pruned.
         device: where it will run.
@@ -265,6 +267,7 @@ def settle_memory(
     if not recipe.method.learned:
         return recipe
     world = distributed.world_size()
+    assert recipe.learn.batch_size is not None and recipe.calibration.max_seq_length is not None
     num_tokens = -(-recipe.learn.batch_size // world) * recipe.calibration.max_seq_length
     modes = dict(recipe.method.memory)
     if world > 1:
@@ -281,7 +284,9 @@ def load_data(source: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> 
     if not recipe.method.needs_data:
         return None
     if recipe.run.random_init:
-        shape = (recipe.num_samples, recipe.calibration.max_seq_length)
+        length = recipe.calibration.max_seq_length
+        assert length is not None
+        shape = (recipe.num_samples, length)
         random = torch.Generator().manual_seed(recipe.calibration.seed)
         vocab_size = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
         tokens = torch.randint(vocab_size, shape, generator=random)
@@ -318,6 +323,7 @@ def run_method(
     """
     torch.manual_seed(recipe.calibration.seed)
     device = next(model.parameters()).device
+    recipe = recipe.for_model(model, distributed.world_size())
     if recipe.learn.memory == "auto":
         recipe = settle_memory(recipe, model, targets, device)
     memory = recipe.learn.memory if recipe.method.learned else ""

@@ -6,7 +6,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import re
 from typing import Any
+
+from torch import nn
 
 from proxsparse.config import (
     CalibrationConfig,
@@ -20,6 +24,8 @@ from proxsparse.errors import ProxsparseError
 from proxsparse.methods import METHODS, Method, get_method
 
 _LAYERWISE_SAMPLES = 128
+_MAX_SEQ_LENGTH = 2048  # by default; models with fewer positions take as many as they have
+_TOKENS_PER_STEP = 4096
 
 # The settings published with the paper, as in the scripts of its reference code (batch 1, 400
 # samples); the ones with lam2 are its variants with the frozen-weight regulariser.
@@ -50,11 +56,34 @@ class Recipe:
 
     @property
     def num_samples(self) -> int:
-        """Calibration blocks the job asks for."""
+        """Calibration blocks the job asks for, once it is `for_model`."""
         if self.calibration.num_calibration_samples is not None:
             return self.calibration.num_calibration_samples
-        return (
-            self.learn.steps * self.learn.batch_size if self.method.learned else _LAYERWISE_SAMPLES
+        if not self.method.learned:
+            return _LAYERWISE_SAMPLES
+        assert self.learn.batch_size is not None
+        return self.learn.steps * self.learn.batch_size
+
+    def for_model(self, model: nn.Module, num_processes: int = 1) -> Recipe:
+        """The recipe with what depends on the model decided: block length, batch size and steps.
+
+        Args:
+            model: the model; the meta device will do.
+            num_processes: that share a step; the default batch size is a multiple of it.
+        """
+        positions = getattr(_text_config(model), "max_position_embeddings", None)
+        length = self.calibration.max_seq_length or min(
+            positions or _MAX_SEQ_LENGTH, _MAX_SEQ_LENGTH
+        )
+        share = max(1, _TOKENS_PER_STEP // length) / num_processes
+        batch_size = self.learn.batch_size or math.ceil(share) * num_processes
+        steps = self.learn.steps
+        if self.learn.tokens is not None:
+            steps = math.ceil(_count(self.learn.tokens) / (batch_size * length))
+        return dataclasses.replace(
+            self,
+            calibration=replace(self.calibration, {"max_seq_length": length}),
+            learn=replace(self.learn, {"batch_size": batch_size, "steps": steps}),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,6 +103,7 @@ class Recipe:
         settings = self.as_dict()
         for harmless in ("checkpoint_every", "calibration", "split", "text_column", "tracker"):
             settings.pop(harmless, None)
+        settings.pop("tokens", None)  # the steps say it
         text = json.dumps([settings, inputs], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -99,7 +129,15 @@ def make_recipe(method: str | None = None, preset: str | None = None, **settings
         method = own
     else:
         values = {}
-    values.update({key: value for key, value in settings.items() if value is not None})
+    given = {key: value for key, value in settings.items() if value is not None}
+    if "tokens" in given:
+        if "steps" in given:
+            raise ProxsparseError(
+                f"--tokens {given['tokens']} and --steps {given['steps']} both say how long to "
+                "learn: give one of them"
+            )
+        _count(given["tokens"])
+    values.update(given)
     chosen = get_method(method or "gates")
     used: list[type[Any]] = [TargetConfig, RunConfig, chosen.config]
     used += [CalibrationConfig] if chosen.needs_data else []
@@ -116,6 +154,27 @@ def make_recipe(method: str | None = None, preset: str | None = None, **settings
         replace(RunConfig(), values),
         replace(chosen.config(), values),
     )
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def _count(tokens: str | int) -> int:
+    """A number of tokens such as 4096, "1.6M" or "25M".
+
+    Raises:
+        ProxsparseError: it is none.
+    """
+    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+    match = re.fullmatch(r"(\d+|\d*\.\d+)\s*([kmb]?)", str(tokens).replace(",", "").lower())
+    count = round(float(match[1]) * units[match[2]]) if match else 0
+    if count < 1:
+        raise ProxsparseError(
+            f"--tokens is {tokens!r}: give a number of at least 1, such as 1638400, 1.6M or 25M"
+        )
+    return count
 
 
 def _names(config: type[Any]) -> list[str]:

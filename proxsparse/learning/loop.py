@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -30,7 +31,15 @@ from proxsparse import ops
 from proxsparse.errors import Interrupted, ProxsparseError
 from proxsparse.learning import distributed
 from proxsparse.learning.job import Job
-from proxsparse.learning.loss import can_chunk, chunked_next_token_loss, next_token_loss
+from proxsparse.learning.loss import (
+    Dense,
+    Loss,
+    can_chunk,
+    chunked_divergence_loss,
+    chunked_next_token_loss,
+    divergence_loss,
+    next_token_loss,
+)
 from proxsparse.learning.memory import memory_gb
 from proxsparse.learning.rule import Rule, State, StepScalars
 from proxsparse.learning.step_graph import Step, as_graph
@@ -86,7 +95,8 @@ class _Run:
     rule: Rule
     w0: dict[str, Tensor]
     states: dict[str, State]
-    moment: StepScalars | None = None
+    scalars: StepScalars | None = None
+    is_dense: bool = False
     updated: set[str] = field(default_factory=set)
     mask_bits: dict[int, Tensor] = field(default_factory=dict)
 
@@ -109,16 +119,59 @@ class _Run:
 
     def write(self, target: Target, out: Tensor) -> None:
         """Fill `out` with the weight to compute with now."""
-        self.rule.weight_(self.w0[target.name], self.states[target.name], out)
+        if self.is_dense:
+            out.copy_(self.w0[target.name])
+        else:
+            self.rule.weight_(self.w0[target.name], self.states[target.name], out)
+
+    @contextlib.contextmanager
+    def dense(self, layers: tuple[Target, ...]) -> Iterator[None]:
+        """Within the context `layers` compute with their original weights."""
+        self._exchange(layers)
+        self.is_dense = True
+        try:
+            yield
+        finally:
+            self._exchange(layers)
+            self.is_dense = False
+
+    def _exchange(self, layers: tuple[Target, ...]) -> None:
+        """Let current and original weights trade places, where both are there."""
+        if self.rule.on_demand:
+            return
+        distributed.reshard(self.job.model)
+        for target in layers:
+            own, other = target.weight(), self.w0[target.name]
+            if distributed.world_size() == 1:
+                target.parameter.data = target.canonical(other)
+                self.w0[target.name] = own
+            else:  # what is gathered is read from where the shards lie
+                kept = own.clone()
+                own.copy_(other)
+                other.copy_(kept)
+
+    def loss(self, tokens: Tensor) -> Loss:
+        """What the rule minimises; in pieces where the model's logits allow it."""
+        model, layers = self.job.model, self.job.targets.layers
+        heads = tuple(t for t in layers if t.block == len(self.job.targets.blocks))
+        everything: Dense = functools.partial(self.dense, layers)
+        of_head: Dense = functools.partial(self.dense, heads) if heads else contextlib.nullcontext
+        # The head of several processes is gathered once a step, so it is the same for all pieces.
+        chunked = not (heads and distributed.world_size() > 1) and can_chunk(model, tokens)
+        if not self.rule.distils:
+            return chunked_next_token_loss if chunked else next_token_loss
+        if chunked:
+            return functools.partial(chunked_divergence_loss, dense=everything, dense_head=of_head)
+        return functools.partial(divergence_loss, dense=everything)
 
     @torch.no_grad()
     def update(self, target: Target, grad: Tensor) -> None:
         """One step of one layer."""
-        assert self.moment is not None
+        assert self.scalars is not None
         self.updated.add(target.name)
         out = None if self.rule.on_demand else target.weight()
         name = target.name
-        self.rule.update_(self.w0[name], self.states[name], grad, self.moment, out)
+        self.rule.update_(self.w0[name], self.states[name], grad, self.scalars, out)
 
     @torch.no_grad()
     def weight(self, target: Target) -> Tensor:
@@ -129,7 +182,7 @@ class _Run:
             self.write(target, w)
         return w
 
-    def step(self, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+    def step(self, batch: Tensor, loss: Loss) -> Tensor:
         """Forward, backward and the update of every layer; returns the loss.
 
         Raises:
@@ -142,9 +195,9 @@ class _Run:
         value = loss(self.job.model, batch)
         value.backward()  # type: ignore[no-untyped-call]
         if self.rule.max_grad_norm is not None:
-            assert self.moment is not None
-            self.moment = dataclasses.replace(
-                self.moment, grad_scale=_grad_scale(layers, self.rule.max_grad_norm)
+            assert self.scalars is not None
+            self.scalars = dataclasses.replace(
+                self.scalars, grad_scale=_grad_scale(layers, self.rule.max_grad_norm)
             )
             for target in layers:
                 grad = target.grad()
@@ -180,21 +233,21 @@ class _Run:
 def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> None:
     job, config = run.job, run.job.learn
     device, world = next(job.model.parameters()).device, distributed.world_size()
-    if config.batch_size % world:
+    batch_size = config.batch_size
+    assert batch_size is not None
+    if batch_size % world:
         raise ProxsparseError(
-            f"--batch-size {config.batch_size} cannot be shared out evenly to {world} processes"
+            f"--batch-size {batch_size} cannot be shared out evenly to {world} processes"
         )
-    order = _Order(job.tokens.shape[0], config.batch_size, config.seed)
+    order = _Order(job.tokens.shape[0], batch_size, config.seed)
     tokens = job.tokens.to(device)  # all at once: 8 bytes a token are nothing beside the weights
     peak = run.rule.lr if config.lr is None else config.lr
-    loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss
-    if config.memory in ("balanced", "low") and can_chunk(job.model, tokens[:1]):
-        loss = chunked_next_token_loss
+    loss = run.loss(tokens[:1])
     one = torch.ones((), device=device)
 
     def take_step(batch: Tensor, scalars: Tensor) -> Tensor:
         number, lr, lam = scalars.unbind()
-        run.moment = StepScalars(number, lr, lam, one)
+        run.scalars = StepScalars(number, lr, lam, one)
         return run.step(batch, loss)
 
     losses: list[Tensor] = []

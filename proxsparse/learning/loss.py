@@ -1,42 +1,138 @@
-"""The loss of a language model, whole or in chunks of the logits."""
+"""What learning minimises, whole or a piece of the logits at a time.
+
+The logits of a step, tokens x vocabulary, can outweigh everything else a step holds. In pieces
+neither they nor their gradients ever exist whole: the head is taken out of the model's forward and
+applied to some tokens at a time, and the gradient of each piece is computed along with its loss, so
+that no piece is computed twice.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from proxsparse.models.forward import replacing_forward
 from proxsparse.models.precision import autocast
 
 _log = logging.getLogger(__name__)
 
-LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in float32, and products large enough for any GPU
+LOGITS_AT_ONCE = 2**25  # elements: 128 MiB in float32, and products large enough for any GPU
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+Dense = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of tokens [B, L] given their predecessors, in float32."""
+    logits = _logits(model, tokens)[:, :-1].flatten(0, 1)
+    return nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction=reduction)
 
 
 def chunked_next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """`next_token_loss` of tokens [B, L], a piece of the logits at a time.
+    """`next_token_loss` a piece at a time; only right for a model that `can_chunk`."""
+    head = _head(model)
+    targets = tokens[:, 1:].flatten()
 
-    The head is taken out of the model's forward, and applied to `LOGITS_AT_ONCE` logits at a time;
-    the backward pass computes them again. Only right for models whose logits are what their head
-    returns, see `can_chunk`.
-    """
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    hidden = _without_head(model, head, tokens)
-    x, y = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    size = max(1, LOGITS_AT_ONCE // _vocab_size(model))
-
-    def total(x: Tensor, y: Tensor) -> Tensor:
+    def total(x: Tensor, rows: slice) -> Tensor:
         with autocast(model):
             logits = head(x)
-        return nn.functional.cross_entropy(logits.float(), y, reduction="sum")
+        return nn.functional.cross_entropy(_wide(logits), targets[rows], reduction="sum")
 
-    pieces = zip(torch.split(x, size), torch.split(y, size), strict=True)
-    losses = [checkpoint(total, *piece, use_reentrant=False) for piece in pieces]
-    return torch.stack(losses).sum() / y.numel()
+    hidden = _without_head(model, head, tokens)[:, :-1].flatten(0, 1)
+    return _in_pieces(total, model, hidden) / targets.numel()
+
+
+def divergence_loss(model: nn.Module, tokens: Tensor, dense: Dense) -> Tensor:
+    """KL of the next token's distribution from the dense model's, a mean over tokens [B, L], nats.
+
+    Args:
+        model: the model.
+        tokens: int64 [B, L].
+        dense: within the context the model computes with its original weights.
+    """
+    with torch.no_grad(), dense():
+        expected = _logits(model, tokens)
+    return _divergence(_logits(model, tokens), expected) / tokens.numel()
+
+
+def chunked_divergence_loss(
+    model: nn.Module, tokens: Tensor, dense: Dense, dense_head: Dense
+) -> Tensor:
+    """`divergence_loss` a piece at a time; only right for a model that `can_chunk`.
+
+    Args:
+        model: the model.
+        tokens: int64 [B, L].
+        dense: as for `divergence_loss`.
+        dense_head: within the context the head computes with its original weight.
+    """
+    head = _head(model)
+    with torch.no_grad(), dense():
+        theirs = _without_head(model, head, tokens).flatten(0, 1)
+
+    def total(x: Tensor, rows: slice) -> Tensor:
+        with autocast(model):
+            with torch.no_grad(), dense_head():
+                expected = head(theirs[rows])
+            return _divergence(head(x), expected)
+
+    hidden = _without_head(model, head, tokens).flatten(0, 1)
+    return _in_pieces(total, model, hidden) / tokens.numel()
+
+
+def _divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """KL(softmax(expected) || softmax(logits)) summed over all rows, in float32 or wider."""
+    return nn.functional.kl_div(
+        _wide(logits).log_softmax(-1),
+        _wide(expected).log_softmax(-1),
+        reduction="sum",
+        log_target=True,
+    )
+
+
+def _in_pieces(
+    total: Callable[[Tensor, slice], Tensor], model: nn.Module, hidden: Tensor
+) -> Tensor:
+    """The sum of `total(hidden[rows], rows)` over rows of at most `LOGITS_AT_ONCE` logits."""
+    size = max(1, LOGITS_AT_ONCE // _vocab_size(model))
+    learned = [p for p in _head(model).parameters() if p.requires_grad]
+    result: Tensor = _InPieces.apply(total, size, hidden, *learned)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _InPieces(torch.autograd.Function):
+    """Computes a piece's gradients right after its loss, so that its logits can go."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: Callable[[Tensor, slice], Tensor],
+        size: int,
+        hidden: Tensor,
+        *learned: nn.Parameter,
+    ) -> Tensor:
+        sums: list[Tensor] = []
+        losses, gradients = [], []
+        for begin in range(0, hidden.shape[0], size):
+            rows = slice(begin, begin + size)
+            with torch.enable_grad():
+                x = hidden[rows].detach().requires_grad_()
+                loss = total(x, rows)
+                of_x, *of_learned = torch.autograd.grad(loss, (x, *learned))
+            losses.append(loss.detach())
+            gradients.append(of_x)
+            sums = [a + b for a, b in zip(sums, of_learned, strict=True)] if sums else of_learned
+        ctx.save_for_backward(torch.cat(gradients), *sums)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        return None, None, *(outer[0].to(g.dtype) * g for g in ctx.saved_tensors)
 
 
 @torch.no_grad()
@@ -48,19 +144,24 @@ def can_chunk(model: nn.Module, tokens: Tensor) -> bool:
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     sample = tokens[:1, :64]
-    with autocast(model):
-        logits = model(input_ids=sample, use_cache=False).logits
-        try:
+    logits = _logits(model, sample)
+    try:
+        with autocast(model):
             same = head is not None and torch.equal(
-                head(_without_head(model, head, sample)).float(), logits.float()
+                _wide(head(_without_head(model, head, sample))), logits
             )
-        except RuntimeError:  # what comes out without the head is not what goes into it
-            same = False
+    except RuntimeError:  # what comes out without the head is not what goes into it
+        same = False
     if not same:
         _log.info(
             "%s changes its logits after the head, so they are held whole", type(model).__name__
         )
     return same
+
+
+def _head(model: nn.Module) -> nn.Module:
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    return head
 
 
 def _without_head(model: nn.Module, head: nn.Module, tokens: Tensor) -> Tensor:
@@ -70,16 +171,17 @@ def _without_head(model: nn.Module, head: nn.Module, tokens: Tensor) -> Tensor:
     return hidden.to(next(head.parameters()).dtype)  # some models widen what they call logits
 
 
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The logits [B, L, V], in float32 or wider."""
+    with autocast(model):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return _wide(logits)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _vocab_size(model: nn.Module) -> int:
     config: Any = model.config
     return int(config.get_text_config().vocab_size)
-
-
-def next_token_loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of tokens [B, L] given their predecessors, in float32."""
-    with autocast(model):
-        logits = model(input_ids=tokens, use_cache=False).logits
-    logits = logits[:, :-1].float()
-    return nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1), reduction=reduction
-    )

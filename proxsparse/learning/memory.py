@@ -34,7 +34,8 @@ class Estimate:
         states: what the method keeps per pruned weight, and the masks of the last record.
         work: one gradient, and the weights of the block that runs.
         activations: what is kept for the backward pass.
-        logits: and their gradients.
+        logits: a piece of them, those of the dense model and their gradients, and what enters the
+            head in both.
     """
 
     mode: str
@@ -100,7 +101,7 @@ def estimate_memory(
         activations=max(per_block) + num_tokens * hidden * act * len(blocks)
         if lean
         else sum(per_block),
-        logits=(min(logits, LOGITS_AT_ONCE) if lean else logits) * (8 + 2 * act),
+        logits=min(logits, LOGITS_AT_ONCE) * (24 + 2 * act) + 3 * num_tokens * hidden * act,
     )
 
 

@@ -38,6 +38,8 @@ class Rule(abc.ABC):
 
     Attributes:
         lr: the default peak learning rate.
+        distils: the loss is the KL divergence from the dense model, else the cross-entropy of the
+            next token.
         max_grad_norm: if not None, the global norm of the gradients is clipped to this, for which
             all of them have to exist at once.
         on_demand: the model keeps w0 and its weights are made block by block, when they are needed;
@@ -45,6 +47,7 @@ class Rule(abc.ABC):
     """
 
     lr: float
+    distils: bool = True
     max_grad_norm: float | None = None
     on_demand: bool = False
 
@@ -68,7 +71,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def update_(
-        self, w0: Tensor, state: State, grad: Tensor, moment: StepScalars, out: Tensor | None
+        self, w0: Tensor, state: State, grad: Tensor, scalars: StepScalars, out: Tensor | None
     ) -> None:
         """One step: change the state in place, and write the new weight if `out` is given."""
 

@@ -1,7 +1,8 @@
 """Gates, the default: the proximal idea without units.
 
 The weights stay frozen. Each gets a gate s in [0, 1], and the gates are driven to 2:4 by the
-proximal operator in the metric A of Wanda's importance, scaled to RMS 1 within each group of four.
+proximal operator in the metric A, Wanda's importance to the power 1.5 and scaled to RMS 1 in each
+group of four.
 A group then has the same scale in every layer of every model, so one lam serves all of them. Its
 strength grows linearly from 0: the loss decides first, the constraint later.
 
@@ -41,7 +42,8 @@ MEMORY = {"fast": 4 + 3 * 4.0, "balanced": 3 * 2.0, "low": 3 + 8 / reference.QUA
 
 class _Gates(Rule):
     lr = 0.06
-    lam = 1.0
+    lam = 3.0
+    betas = (0.8, 0.999)
 
     def __init__(self, learn_config: LearnConfig, norms: dict[str, Tensor]) -> None:
         self.norms = norms
@@ -77,7 +79,7 @@ class _Gates(Rule):
         _fill(out, lambda x: ops.gate_project_(state["s"], w0, state["act_norm"], x))
 
     def update_(
-        self, w0: Tensor, state: State, grad: Tensor, moment: StepScalars, out: Tensor | None
+        self, w0: Tensor, state: State, grad: Tensor, scalars: StepScalars, out: Tensor | None
     ) -> None:
         def step(out: Tensor | None) -> None:
             ops.gate_update_(
@@ -87,10 +89,11 @@ class _Gates(Rule):
                 state["m"],
                 state["v"],
                 state["act_norm"],
-                step=moment.step,
-                lr=moment.lr,
-                lam=moment.lam,
-                grad_scale=moment.grad_scale,
+                step=scalars.step,
+                lr=scalars.lr,
+                lam=scalars.lam,
+                grad_scale=scalars.grad_scale,
+                betas=self.betas,
                 out=out,
                 hard=True,
                 scales=state.get("scales"),

@@ -456,7 +456,10 @@ def prox_adamw_(
 
 
 def gate_prior(w0: Tensor, act_norm: Tensor) -> Tensor:
-    """Wanda's importance, scaled to RMS 1 in each group of four and floored.
+    """Wanda's importance to the power 1.5, scaled to RMS 1 in each group of four and floored.
+
+    With the power 1 the mask follows the noise of the first gradients too far from Wanda's, see
+    benchmarks/results/NOTES.md.
 
     Args:
         w0: [..., N, K] frozen weight.
@@ -464,12 +467,19 @@ def gate_prior(w0: Tensor, act_norm: Tensor) -> Tensor:
             the scale of a group cancels.
 
     Returns:
-        A = max(a / rms_group(a), 1e-3) with a = |w0| * act_norm; [..., N, K] in the compute dtype.
+        A = max(b / rms_group(b), 1e-3) with b = a^1.5 and a = |w0| * act_norm, relative to its RMS
+        in the group; [..., N, K] in the compute dtype.
     """
     dtype = compute_dtype(w0.dtype)
     a = _groups(w0.to(dtype).abs() * act_norm.to(dtype).unsqueeze(-2))
-    rms = a.square().mean(-1, keepdim=True).sqrt()
-    return torch.where(rms > 0, a / rms, 0.0).clamp_min(PRIOR_FLOOR).reshape(w0.shape)
+    a = _relative(a)
+    return _relative(a * a.sqrt()).clamp_min(PRIOR_FLOOR).reshape(w0.shape)
+
+
+def _relative(groups: Tensor) -> Tensor:
+    """Groups [..., 4] over their RMS; zeros stay."""
+    rms = groups.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(rms > 0, groups / rms, 0.0)
 
 
 def gate_score(w0: Tensor, s: Tensor, act_norm: Tensor) -> Tensor:
