@@ -30,6 +30,11 @@ class _Checked:
                 raise ProxsparseError(f"{flag} is {value}: it must be at least {minimum:g}")
 
 
+def _seed() -> Any:
+    """The one seed of a run, which both drawing blocks and ordering them read."""
+    return option(0, "Seed of the choice and the order of the calibration blocks.", minimum=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class CalibrationConfig(_Checked):
     """Which text the masks are learned on."""
@@ -57,7 +62,7 @@ class CalibrationConfig(_Checked):
         "learned on shorter blocks are worse.",
         minimum=2,
     )
-    seed: int = option(0, "Seed of the choice and the order of the calibration blocks.", minimum=0)
+    seed: int = _seed()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,7 @@ class LearnConfig(_Checked):
     checkpoint_every: int = option(
         50, "Steps between checkpoints; 0 writes one only when interrupted.", minimum=0
     )
-    seed: int = option(0, "Seed of the choice and the order of the calibration blocks.", minimum=0)
+    seed: int = _seed()
 
 
 @dataclasses.dataclass(frozen=True)
