@@ -17,8 +17,9 @@ from torch import nn
 from proxsparse import ops
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.inference.replace import in_memory, places_of, replace_, restore_layers_
+from proxsparse.inference.replace import places_of, replace_, restore_layers_
 from proxsparse.inference.sparse_linear import SparseLinear, check_memory, sparse_layers
+from proxsparse.models.offload import in_memory
 from proxsparse.models.targets import Target, find_targets
 
 _REPORTED_TOKENS = (1, 16, 256, 4096)

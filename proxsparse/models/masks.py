@@ -26,9 +26,6 @@ from proxsparse.models.targets import Target, Targets, find_targets
 from proxsparse.ops import reference
 
 FORMAT = "proxsparse-masks-1"
-# The codes of the six ways to keep two of four: i | j << 2 with i < j.
-_VALID = torch.zeros(16, dtype=torch.bool)
-_VALID[[i | j << 2 for j in range(4) for i in range(j)]] = True
 
 
 @dataclass(frozen=True)
@@ -118,14 +115,22 @@ def check_codes(codes: Tensor, num_groups: int, name: str) -> None:
     Raises:
         ProxsparseError: names the first bad group, counted over all rows.
     """
-    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :num_groups].flatten()
-    valid = _VALID.to(codes.device)[nibbles.long()]
-    if not valid.all():
-        group = int((~valid).nonzero()[0])
-        raise ProxsparseError(
-            f"{name} is not 2:4: group {group} has code {int(nibbles[group])}, which does not keep "
-            "two of four"
-        )
+    low, high = codes & 15, codes >> 4
+    if num_groups % 2:  # the last byte of a row holds one group
+        high[..., -1] = 4
+    if bool((_is_valid(low) & _is_valid(high)).all()):
+        return
+    nibbles = torch.stack((low, high), -1).flatten(-2)[..., :num_groups].flatten()
+    group = int((~_is_valid(nibbles)).nonzero()[0])
+    raise ProxsparseError(
+        f"{name} is not 2:4: group {group} has code {int(nibbles[group])}, which does not keep "
+        "two of four"
+    )
+
+
+def _is_valid(nibbles: Tensor) -> Tensor:
+    """Whether each is the code of a group, i | j << 2 with i < j."""
+    return (nibbles & 3) < (nibbles >> 2)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
