@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.sparse_linear import sparse_layers
 from proxsparse.inference.sparsify import densify_, sparsify_
 from proxsparse.jobs.output import FORMAT, output_directory, versions
-from proxsparse.models.loading import LoadedModel, load_model, save_model, state_bytes
+from proxsparse.models.checkpoint_files import (
+    in_file,
+    open_checkpoint,
+    read_tensor,
+    write_checkpoint,
+)
+from proxsparse.models.loading import LoadedModel, load_model, state_bytes
 
-_COMPANIONS = ("masks.safetensors", "metrics.jsonl", "training.png")
+Change = Callable[[str, Tensor], dict[str, Tensor]]
+_NOTHING = torch.empty(0)  # stands for a tensor of which only the name matters
+
 _REPORT = "proxsparse.json"
 
 
@@ -68,7 +78,8 @@ def pack(
             "packed_bytes": sum(packed.values()),
             "checkpoint_bytes": [before, state_bytes(loaded.model)],
         }
-        _write(loaded, partial, {"storage": "packed", "packed": result})
+        entry = loaded.model.config.quantization_config.to_dict()
+        _write(loaded, partial, {"storage": "packed", "packed": result}, _packing(loaded), entry)
     return result
 
 
@@ -88,17 +99,79 @@ def unpack(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> dic
     with output_directory(output) as partial:
         loaded = load_model(model, torch.device("cpu"))
         before = state_bytes(loaded.model)
+        change = _unpacking(loaded)
         names = densify_(loaded.model)
         if not names:
             raise ProxsparseError(f"{model} is not packed: its layers are dense already")
-        _write(loaded, partial, {"storage": "dense"})
+        _write(loaded, partial, {"storage": "dense"}, change)
     return {"layers": list(names), "checkpoint_bytes": [before, state_bytes(loaded.model)]}
 
 
-def _write(loaded: LoadedModel, directory: Path, changes: dict[str, Any]) -> None:
-    """Save the model, and beside it what lay beside the checkpoint it was read from."""
-    save_model(loaded.model, loaded.tokenizer, directory)
-    source = Path(loaded.id)
+def _packing(loaded: LoadedModel) -> Change:
+    """What becomes of the files of a dense model whose layers are sparse by now."""
+    files = open_checkpoint(loaded.id, loaded.revision)
+    layers = sparse_layers(loaded.model)
+    places = {}
+    for name in layers:
+        ((place, _),) = in_file(loaded.model, {f"{name}.weight": _NOTHING}, files.shapes).items()
+        if place not in files.shapes:
+            raise ProxsparseError(
+                f"{loaded.id} holds {name} joined with other weights or in pieces, which cannot be "
+                "packed: write it with save_pretrained of transformers and pack that"
+            )
+        places[place] = layers[name]
+
+    from proxsparse.inference.quantizer import empty_weight
+
+    def change(name: str, stored: Tensor) -> dict[str, Tensor]:
+        layer = places.get(name)
+        if layer is None:
+            return {name: stored}
+        values, codes = layer.values, ops.code_rows(layer.values, layer.codes)
+        if stored.dtype != values.dtype:  # the file has more digits than the model
+            w = stored.T if layer.is_conv1d else stored
+            values, codes = ops.pack_2to4(w.contiguous())
+        owner = name.removesuffix("weight")
+        return {f"{owner}values": values, f"{owner}codes": codes, name: empty_weight()}
+
+    return change
+
+
+def _unpacking(loaded: LoadedModel) -> Change:
+    """What becomes of the files of a packed model."""
+    files = open_checkpoint(loaded.id, loaded.revision)
+    places = {}
+    for name, layer in sparse_layers(loaded.model).items():
+        (values,) = in_file(loaded.model, {f"{name}.values": _NOTHING}, files.shapes)
+        places[values] = layer.is_conv1d
+    dropped = {
+        f"{values.removesuffix('values')}{form}"
+        for values in places
+        for form in ("codes", "weight")
+    }
+
+    def change(name: str, stored: Tensor) -> dict[str, Tensor]:
+        if name in dropped:
+            return {}
+        if name not in places:
+            return {name: stored}
+        owner = name.removesuffix("values")
+        w = ops.unpack_2to4(stored, read_tensor(files, f"{owner}codes"))
+        return {f"{owner}weight": w.T if places[name] else w}
+
+    return change
+
+
+def _write(
+    loaded: LoadedModel,
+    directory: Path,
+    changes: dict[str, Any],
+    change: Change,
+    entry: dict[str, Any] | None = None,
+) -> None:
+    """Write the checkpoint with its tensors changed, and the report that lay beside it."""
+    files = open_checkpoint(loaded.id, loaded.revision)
+    source = files.directory
     report: dict[str, Any] = {"format": FORMAT, "storage": "", "versions": versions()}
     if (source / _REPORT).is_file():
         report = json.loads((source / _REPORT).read_text(encoding="utf-8"))
@@ -106,10 +179,8 @@ def _write(loaded: LoadedModel, directory: Path, changes: dict[str, Any]) -> Non
     try:
         text = json.dumps({**report, **changes}, indent=2) + "\n"
         (directory / _REPORT).write_text(text, encoding="utf-8")
-        for name in _COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
     except OSError as error:
         raise ProxsparseError(
             f"the results could not be written to {directory}: {error}"
         ) from error
+    write_checkpoint(files, directory, change, quantization_config=entry, with_ours=True)
