@@ -109,32 +109,37 @@ def unpack(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> dic
 
 def _packing(loaded: LoadedModel) -> Change:
     """What becomes of the files of a dense model whose layers are sparse by now."""
-    files = open_checkpoint(loaded.id, loaded.revision)
-    layers = sparse_layers(loaded.model)
-    places = {}
-    for name in layers:
-        ((place, _),) = in_file(loaded.model, {f"{name}.weight": _NOTHING}, files.shapes).items()
-        if place not in files.shapes:
-            raise ProxsparseError(
-                f"{loaded.id} holds {name} joined with other weights or in pieces, which cannot be "
-                "packed: write it with save_pretrained of transformers and pack that"
-            )
-        places[place] = layers[name]
-
     from proxsparse.inference.quantizer import empty_weight
 
-    def change(name: str, stored: Tensor) -> dict[str, Tensor]:
-        layer = places.get(name)
-        if layer is None:
-            return {name: stored}
-        values, codes = layer.values, ops.code_rows(layer.values, layer.codes)
-        if stored.dtype != values.dtype:  # the file has more digits than the model
-            w = stored.T if layer.is_conv1d else stored
-            values, codes = ops.pack_2to4(w.contiguous())
-        owner = name.removesuffix("weight")
-        return {f"{owner}values": values, f"{owner}codes": codes, name: empty_weight()}
+    files = open_checkpoint(loaded.id, loaded.revision)
+    places = {}
+    for name, layer in sparse_layers(loaded.model).items():
+        (place,) = in_file(loaded.model, {f"{name}.weight": _NOTHING}, files.shapes)
+        shape = (layer.out_features, layer.in_features)
+        if files.shapes.get(place) != (shape[::-1] if layer.is_conv1d else shape):
+            raise _not_as_loaded(loaded, name)
+        places[place] = name, layer
+
+    def change(place: str, stored: Tensor) -> dict[str, Tensor]:
+        if place not in places:
+            return {place: stored}
+        name, layer = places[place]
+        w = stored.T.contiguous() if layer.is_conv1d else stored
+        if not torch.equal(w.to(layer.values.dtype), layer.weight):
+            raise _not_as_loaded(loaded, name)
+        values, codes = ops.pack_2to4(w)  # of the file, which may have more digits than the model
+        owner = place.removesuffix("weight")
+        return {f"{owner}values": values, f"{owner}codes": codes, place: empty_weight()}
 
     return change
+
+
+def _not_as_loaded(loaded: LoadedModel, name: str) -> ProxsparseError:
+    return ProxsparseError(
+        f"the files of {loaded.id} hold {name} joined with other weights, in pieces or permuted, "
+        "which cannot be packed: load it with transformers, write it with "
+        "save_pretrained(..., save_original_format=False), and pack that"
+    )
 
 
 def _unpacking(loaded: LoadedModel) -> Change:
