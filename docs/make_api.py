@@ -40,7 +40,7 @@ result = proxsparse.prune(demo, "demo-2to4", method="magnitude")
 print(result.report["layers"][0])
 """,
         "PruneResult": """\
-result.masks.save("masks.safetensors")
+result.masks.save("proxsparse.masks")
 print(result.report["recipe"]["method"], result.history)
 """,
         "learn_masks": """\

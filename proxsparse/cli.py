@@ -187,7 +187,7 @@ def prune(
 def apply(
     model: Annotated[str, typer.Argument(help="The base model, directory or Hub name.")],
     *,
-    mask: Annotated[str, typer.Option(help="A masks.safetensors file.")],
+    mask: Annotated[str, typer.Option(help="A proxsparse.masks file, or a directory with one.")],
     output: _Output,
     force: Annotated[
         bool, typer.Option("--force", help="Accept a base model with other weights.")

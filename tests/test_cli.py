@@ -54,7 +54,7 @@ def test_prune_inspect_apply_eval(tmp_path: Path) -> None:
     table = run("inspect", str(out))
     assert table.exit_code == 0 and "30 of 42 layers are 2:4" in table.output
 
-    mask = str(out / "masks.safetensors")
+    mask = str(out / "proxsparse.masks")
     assert run("apply", DEMO, "--mask", mask, "--output", str(again)).exit_code == 0
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 

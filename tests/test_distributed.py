@@ -68,7 +68,7 @@ def launch(
 
 
 def codes(output: Path) -> dict[str, list[int]]:
-    return {k: v.tolist() for k, v in Masks.load(output / "masks.safetensors").codes.items()}
+    return {k: v.tolist() for k, v in Masks.load(output / "proxsparse.masks").codes.items()}
 
 
 @pytest.fixture

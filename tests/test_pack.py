@@ -48,6 +48,7 @@ def test_directory_is_complete_and_smaller(pruned: Path, packed: Any) -> None:
     sizes = [(d / "model.safetensors").stat().st_size for d in (pruned, output)]
     assert abs(sizes[0] - sizes[1] - saved) < 20_000  # headers
     tensors = load_file(output / "model.safetensors")
+    assert not any(tensors[f"{layer['name']}.weight"].numel() for layer in result["layers"])
     layer = result["layers"][0]
     n, k = layer["shape"]
     assert tensors[f"{layer['name']}.values"].shape == (n, k // 2)
@@ -120,7 +121,7 @@ def test_refusals_leave_nothing_behind(packed: Any, tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_our_report_gets_a_short_one(pruned: Path, tmp_path: Path) -> None:
     shutil.copytree(pruned, tmp_path / "bare")
-    for name in ("proxsparse.json", "masks.safetensors"):
+    for name in ("proxsparse.json", "proxsparse.masks"):
         (tmp_path / "bare" / name).unlink()
     pack(tmp_path / "bare", tmp_path / "packed")
     report = json.loads((tmp_path / "packed/proxsparse.json").read_text())
@@ -129,5 +130,5 @@ def test_a_checkpoint_without_our_report_gets_a_short_one(pruned: Path, tmp_path
 
 
 def test_masks_travel_along(pruned: Path, packed: Any) -> None:
-    a, b = (Masks.load(d / "masks.safetensors") for d in (pruned, packed[0]))
+    a, b = (Masks.load(d / "proxsparse.masks") for d in (pruned, packed[0]))
     assert all(torch.equal(a[name], b[name]) for name in a)

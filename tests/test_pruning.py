@@ -51,7 +51,7 @@ def test_directory_is_complete_and_loads_anywhere(pruned: Any) -> None:
         "model.safetensors",
         "config.json",
         "tokenizer.json",
-        "masks.safetensors",
+        "proxsparse.masks",
         "proxsparse.json",
         "metrics.jsonl",
         "training.png",
@@ -80,25 +80,25 @@ def test_report_tells_the_provenance(pruned: Any, text: Path) -> None:
     assert set(report["left_dense"]) == {"model.embed_tokens", "lm_head"}
     assert report["versions"]["torch"] == torch.__version__
     assert all(0 <= layer["overlap_with_magnitude"] <= 1 for layer in report["layers"])
-    metadata = Masks.load(output / "masks.safetensors").metadata
+    metadata = Masks.load(output / "proxsparse.masks").metadata
     assert metadata["base_fingerprint"] == report["base"]["fingerprint"]
     assert json.loads(metadata["recipe"])["calibration"] == str(text)
-    assert (output / "masks.safetensors").stat().st_size < 42 * 200 + 2_436_000 / 8
+    assert (output / "proxsparse.masks").stat().st_size < 42 * 200 + 2_436_000 / 8
 
 
 def test_apply_is_bit_identical(pruned: Any, tmp_path: Path) -> None:
     output, _ = pruned
-    apply(DEMO, output / "masks.safetensors", tmp_path / "again")
+    apply(DEMO, output / "proxsparse.masks", tmp_path / "again")
     again = tmp_path / "again"
     assert digest(again / "model.safetensors") == digest(output / "model.safetensors")
-    first, second = (Masks.load(d / "masks.safetensors") for d in (output, again))
+    first, second = (Masks.load(d / "proxsparse.masks") for d in (output, again))
     assert first.metadata == second.metadata and first.shapes == second.shapes
     assert all(torch.equal(first.codes[name], second.codes[name]) for name in first)
 
 
 def test_apply_refuses_another_base(pruned: Any, tmp_path: Path) -> None:
     output, _ = pruned
-    mask = output / "masks.safetensors"
+    mask = output / "proxsparse.masks"
     with pytest.raises(ProxsparseError, match=r"was made for .* with weights .* --force"):
         apply(output, mask, tmp_path / "a")
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
@@ -245,9 +245,7 @@ def test_full_disk_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypatc
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    from transformers import LlamaForCausalLM
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(ProxsparseError, match=r"could not be written.*No space left"):
         proxsparse.prune(DEMO, tmp_path / "out", method="magnitude")
     assert list(tmp_path.iterdir()) == []

@@ -239,3 +239,114 @@ def test_one_copy_serves_every_kernel_of_a_gpu(n: int, k: int) -> None:
     assert moved.codes.dim() == 2 and torch.equal(moved.codes, codes.cpu())
     back = moved.cuda()
     assert back.codes.dim() == 3 and torch.equal(back.to_linear().weight, linear.weight)
+
+
+@pytest.mark.parametrize("form", ["values", "codes", "bias"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_part_of_a_state_dict_leaves_the_rest(form: str, assign: bool) -> None:
+    a, b = (SparseLinear.from_linear(dense_layer(6, 16), keep_dense=True) for _ in range(2))
+    before, new = {k: v.clone() for k, v in a.state_dict().items()}, b.state_dict()
+    a.load_state_dict({form: new[form]}, strict=False, assign=assign)
+    expected = {**before, form: new[form]}
+    assert all(torch.equal(v, expected[k]) for k, v in a.state_dict().items())
+    assert torch.equal(a.dense, ops.unpack_2to4(expected["values"], expected["codes"]))
+
+
+def test_a_layer_loads_one_tensor_at_a_time() -> None:
+    source = SparseLinear.from_linear(dense_layer(6, 16))
+    for order in (("values", "codes", "bias"), ("codes", "bias", "values")):
+        layer = SparseLinear.empty_like(nn.Linear(16, 6, device="meta"))
+        for form in order:
+            layer.load_state_dict({form: source.state_dict()[form]}, strict=False, assign=True)
+        assert torch.equal(layer.weight, source.weight)
+
+
+def test_the_empty_weight_of_a_file_is_no_leftover_and_a_dense_one_is_refused() -> None:
+    layer = SparseLinear.from_linear(dense_layer(6, 16))
+    state = layer.state_dict()
+    layer.load_state_dict({**state, "weight": torch.empty(0, dtype=torch.uint8)})
+    for more in ({}, state):
+        with pytest.raises(ProxsparseError, match=r"is packed, the state dict has a dense weight"):
+            layer.load_state_dict({**more, "weight": torch.randn(6, 16)}, strict=False)
+
+
+BAD_CODES = {
+    "viewed as int8": (lambda c: c.view(torch.int8), "int8"),
+    "as floats": (lambda c: c.float(), "float32"),
+    "not 2:4": (lambda c: c & 0xF0, "not 2:4: group 0 has code 0"),
+    "the same place twice": (lambda c: torch.full_like(c, 0x45), "has code 5"),
+    "one order for another": (lambda c: torch.full_like(c, 0x41), "has code 1"),
+}
+
+
+@pytest.mark.parametrize("change", BAD_CODES.values(), ids=BAD_CODES)
+def test_unsound_codes_come_in_by_no_door(change: Any) -> None:
+    bad, message = change
+    layer = SparseLinear.from_linear(dense_layer(6, 20), keep_dense=True)
+    before, codes = layer.weight.clone(), bad(layer.codes)
+    with pytest.raises(ProxsparseError, match=message):
+        SparseLinear(layer.values, codes)
+    for assign in (False, True):
+        with pytest.raises(ProxsparseError, match=message):
+            layer.load_state_dict({"codes": codes}, strict=False, assign=assign)
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer(torch.ones(1, 20)), layer(torch.ones(1, 20)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codes": lambda c: c.view(torch.int8)}, "codes torch.int8"),
+        ({"codes": lambda c: c.to("meta")}, "codes on meta"),
+        ({"values": lambda v: v.to("meta")}, "values are on meta"),
+        ({"codes": lambda c: c[:, :1]}, "no packed 2:4 weight"),
+        ({"codes": lambda c: c[:5]}, "no packed 2:4 weight"),
+        ({"values": lambda v: v.int()}, "values are torch.int32"),
+    ],
+)
+def test_operands_that_were_swapped_are_seen_at_the_next_call(change: Any, message: str) -> None:
+    layer, x = SparseLinear.from_linear(dense_layer(6, 16)), torch.randn(2, 16)
+    layer(x)
+    for form, make in change.items():
+        setattr(layer, form, make(getattr(layer, form)))
+    with pytest.raises(ProxsparseError, match=message):
+        layer(x)
+    if "values" not in change or message != "values are on meta":
+        with pytest.raises(ProxsparseError):
+            SparseLinear(layer.values, layer.codes)
+
+
+def test_the_layer_forgets_how_it_ran_when_a_form_is_replaced() -> None:
+    layer = SparseLinear.from_linear(dense_layer(6, 16))
+    for form in ("values", "codes"):
+        layer._runs[("key",)] = lambda *_: torch.zeros(0)
+        setattr(layer, form, getattr(layer, form).clone())
+        assert not layer._runs
+
+
+def test_opcheck_of_the_ops_that_read_packed_weights() -> None:
+    layer = SparseLinear.from_linear(dense_layer(6, 16, bias=False))
+    torch.library.opcheck(torch.ops.proxsparse.unpack_2to4, (layer.values, layer.codes))
+    operands = (torch.randn(2, 16), layer.values, layer.codes, None, None, None)
+    torch.library.opcheck(torch.ops.proxsparse.sparse_linear, operands)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        torch.zeros(6, 1, dtype=torch.uint8),
+        torch.zeros(5, 2, dtype=torch.uint8),
+        torch.zeros(0, dtype=torch.uint8),
+        torch.zeros(6, 2, dtype=torch.int8),
+    ],
+)
+def test_the_raw_op_does_not_read_past_short_codes(codes: Tensor) -> None:
+    with pytest.raises(ProxsparseError, match="need uint8 codes"):
+        torch.ops.proxsparse.unpack_2to4(torch.randn(6, 8), codes)
+
+
+def test_the_raw_op_reads_operands_with_strides() -> None:
+    layer = SparseLinear.from_linear(dense_layer(6, 16))
+    values, codes = (torch.stack((x, x), -1)[..., 0] for x in (layer.values, layer.codes))
+    assert not values.is_contiguous()
+    assert torch.equal(torch.ops.proxsparse.unpack_2to4(values, codes), layer.weight)

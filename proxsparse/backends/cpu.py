@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from proxsparse.backends.build_notes import why_left_out
+from proxsparse.errors import ProxsparseError
 
 try:
     from proxsparse import _cpu
@@ -71,6 +72,13 @@ def pack_2to4_cpu(w: Tensor) -> tuple[Tensor, Tensor]:
 def unpack_2to4_cpu(values: Tensor, codes: Tensor) -> Tensor:
     """See `reference.unpack_2to4`; values [..., K/2] and codes to a new [..., K]."""
     *lead, half = values.shape
+    if list(codes.shape) != [*lead, (half + 3) // 4] or codes.dtype != torch.uint8 or half % 2:
+        # The C++ loop reads as many codes as values ask for, whoever calls the op.
+        raise ProxsparseError(
+            f"values {list(values.shape)} need uint8 codes {[*lead, (half + 3) // 4]}, not "
+            f"{codes.dtype} {list(codes.shape)}"
+        )
+    values, codes = values.contiguous(), codes.contiguous()
     out = values.new_empty(*lead, 2 * half)
     addresses = codes.data_ptr(), out.data_ptr()
     _cpu.unpack_2to4(

@@ -4,37 +4,48 @@ Packing loses nothing, but to transformers a model whose layers hold other tenso
 declares is a quantised one. `config.json` names the packed layers; on loading they are replaced
 before any weight is read, so that no dense weight of them is ever made.
 
+A transformers that does not know us skips the entry and builds dense layers. So that it stops then,
+instead of filling them with random numbers, a saved layer also has an empty tensor `weight`: its
+shape fits no dense layer.
+
 This is the one module that needs transformers to be imported. It is imported when a model is made
-sparse, and by `registration` as soon as transformers' list of quantisers exists.
+sparse, or on first use of the stand-ins that `registration` leaves with transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+import torch
+from torch import Tensor
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from proxsparse import ops
 from proxsparse.errors import ProxsparseError
-from proxsparse.inference.sparse_linear import SparseLinear, check_keep_dense
-from proxsparse.models.masks import check_codes
+from proxsparse.inference.sparse_linear import (
+    FORMS,
+    SparseLinear,
+    check_keep_dense,
+    sparse_layers,
+)
+from proxsparse.models.offload import in_memory
 from proxsparse.models.targets import is_linear_layer
 
 METHOD = "proxsparse"
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)  # the first has no empty `weight`
 
 
-@register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a packed model's config.json.
 
     Args:
         layers: dotted names of the modules that are packed.
         keep_dense: whether the layers hold the dense weights too, see `sparse_linear`.
-        format_version: of the tensors `values` and `codes`.
+        format_version: of the tensors that were read; what is written has `FORMAT`.
         quant_method: always "proxsparse".
         memory: what directories written by earlier versions have in place of `keep_dense`: "min" or
             "fast".
@@ -51,10 +62,10 @@ class PackedConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         memory: str | None = None,
     ) -> None:
-        if format_version != FORMAT:
+        if format_version not in READABLE_FORMATS:
             raise ProxsparseError(
-                f"the model is packed in format {format_version}, this proxsparse reads {FORMAT}: "
-                "install a newer one"
+                f"the model is packed in format {format_version}, this proxsparse reads up to "
+                f"{FORMAT}: install a newer one"
             )
         if memory is not None:
             if memory not in ("min", "fast"):
@@ -62,12 +73,11 @@ class PackedConfig(QuantizationConfigMixin):
             keep_dense = memory == "fast"
         check_keep_dense(keep_dense)
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.format_version = format_version
+        self.format_version = FORMAT
         self.keep_dense = keep_dense
         self.layers = list(layers)
 
 
-@register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
     """Puts SparseLinear layers into a model before its packed weights are read."""
 
@@ -89,16 +99,45 @@ class PackedQuantizer(HfQuantizer):
                     f"{type(model).__name__}, not a linear layer"
                 )
             model.set_submodule(name, SparseLinear.empty_like(linear, keep_dense=config.keep_dense))
+        # The empty weights are for others to stumble over, not for a warning about leftovers.
+        ignored = model._keys_to_ignore_on_load_unexpected
+        kind = list if ignored is None or isinstance(ignored, list) else type(ignored)
+        names = "|".join(re.escape(name) for name in config.layers)
+        model._keys_to_ignore_on_load_unexpected = kind(
+            [*(ignored or ()), rf"(^|\.)({names})\.weight$"]
+        )
         return model
 
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Refuses a checkpoint without a form of a packed layer (transformers 4 asks)."""
+        missing = set(missing_keys)
+        for name, form in self._forms():
+            if f"{name}.{form}" in missing:
+                raise _lacking(name, form)
+        return missing_keys
+
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, form in self._forms():
+            tensor = getattr(model.get_submodule(name), form)
+            # transformers 5 marks what it has read; what was not in the file is whatever lay there.
+            if _MARKS_WHAT_IT_READ and not (tensor.is_meta or hasattr(tensor, _MARK)):
+                raise _lacking(name, form)
         for name in self.quantization_config.layers:
             layer = model.get_submodule(name)
-            if not layer.codes.is_meta:  # offloaded: not in memory now
-                codes = ops.code_rows(layer.values, layer.codes)
-                check_codes(codes, layer.in_features // 4, name)
-                layer.refresh_()
+            with in_memory(layer):
+                layer.check(name)
+            layer.refresh_()
         return model
+
+    def _forms(self) -> Iterator[tuple[str, str]]:
+        return ((name, form) for name in self.quantization_config.layers for form in FORMS)
+
+    def get_state_dict_and_metadata(self, model: Any, *_: Any) -> tuple[dict[str, Tensor], Any]:
+        """What `save_pretrained` writes: the state dict and the empty weights."""
+        state = dict(model.state_dict())
+        for name in sparse_layers(model):
+            state[f"{name}.weight"] = empty_weight()
+        return state, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         from proxsparse.inference.replace import restore_layers_
@@ -119,6 +158,25 @@ class PackedQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The layers trace into one graph."""
         return True
+
+
+AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
+
+_MARKS_WHAT_IT_READ = not hasattr(HfQuantizer, "update_missing_keys")
+_MARK = "_is_hf_initialized"
+
+
+def empty_weight() -> Tensor:
+    """The tensor `weight` of a packed layer in a file; its shape fits no dense layer."""
+    return torch.empty(0, dtype=torch.uint8)
+
+
+def _lacking(name: str, form: str) -> ProxsparseError:
+    return ProxsparseError(
+        f"the checkpoint lacks {name}.{form} of the packed layer {name}: it is incomplete, or its "
+        "config.json belongs to another; pack the model again"
+    )
 
 
 def attach(model: Any, layers: Sequence[str], keep_dense: bool) -> None:

@@ -1,46 +1,99 @@
-"""Makes transformers know packed models once proxsparse is imported, in whichever order.
+"""Makes transformers know packed models once torch or proxsparse is imported, in whichever order.
 
-transformers has no plug-in mechanism for quantisers, only a list one can add to once the module
-that holds it is loaded. `import proxsparse` must not load it: that would take seconds, and torch.
-So where the list is loaded already, we add to it; where it is not, a finder that knows this single
-module waits for its import, adds to the list right after, and is gone.
+transformers has no plug-in mechanism for quantisers, only two tables one can add to once the module
+that holds them is loaded. torch has one: the entry-point group `torch.backends`, which it calls at
+the end of its own import, so that a program that never imports proxsparse reads packed models too.
+
+Neither import may load transformers: that would take seconds. So where the tables are there
+already, we add to them; where they are not, a finder waits for them, adds to them, and is gone.
+What is added are stand-ins that import ours on first use. Nothing of ours is imported while the
+module of the tables is, so no two threads can wait for each other's imports.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
+_METHOD = "proxsparse"
 _REGISTRY = "transformers.quantizers.auto"
-_OURS = "proxsparse.inference.quantizer"  # adds to the registry when it is imported
+_OURS = "proxsparse.inference.quantizer"
+_TABLES = {
+    "AUTO_QUANTIZER_MAPPING": "PackedQuantizer",
+    "AUTO_QUANTIZATION_CONFIG_MAPPING": "PackedConfig",
+}
 
 
 def register() -> None:
     """Register now or as soon as there is something to register with; once is enough."""
-    if _REGISTRY in sys.modules:
-        importlib.import_module(_OURS)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not _add() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
+def autoload() -> None:
+    """What torch calls through the entry-point group `torch.backends`; it never raises."""
+    try:
+        register()
+    except Exception:  # torch would refuse to be imported at all
+        logging.getLogger(__name__).warning("packed models stay unknown", exc_info=True)
+
+
+def _add() -> bool:
+    """Add to the tables; False where they are not there yet."""
+    module = sys.modules.get(_REGISTRY)
+    if not all(hasattr(module, table) for table in _TABLES):
+        return False  # not imported, or half way through it
+    for table, name in _TABLES.items():
+        getattr(module, table).setdefault(_METHOD, _StandIn(name))
+    return True
+
+
+class _StandIn:
+    """A class of ours that is imported when it is called or looked into."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _load(self) -> Any:
+        return getattr(importlib.import_module(_OURS), self._name)
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        return self._load()(*args, **settings)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._load(), attribute)
+
+
 class _Finder(MetaPathFinder):
-    """Finds the registry as every other finder would, and has us run after its loader."""
+    """Finds the registry as every other finder would, and has us run after its loader.
+
+    If the registry is being imported already, the next import of anything else finds it complete.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name != _REGISTRY:
+            if _add():
+                self._leave()
             return None
-        sys.meta_path.remove(self)
+        self._leave()
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
+
+    def _leave(self) -> None:
+        with contextlib.suppress(ValueError):  # another thread was first
+            sys.meta_path.remove(self)
 
 
 class _Loader(Loader):
@@ -57,4 +110,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        importlib.import_module(_OURS)
+        _add()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from proxsparse.inference.sparse_linear import sparse_layers
+from proxsparse.models.offload import in_memory
 
 
 def restore_layers_(model: nn.Module) -> tuple[str, ...]:
@@ -48,15 +47,3 @@ def replace_(
         add_hook_to_module(new, hook)
     for parent, name in places.pop(id(old)):
         parent._modules[name] = new
-
-
-@contextlib.contextmanager
-def in_memory(module: nn.Module) -> Iterator[None]:
-    """Bring back the tensors of a module that accelerate has offloaded, inside the block."""
-    if not hasattr(module, "_hf_hook"):
-        yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        yield

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
+from proxsparse.models.masks import check_codes
 
+FORMS = ("values", "codes")  # the tensors of the packed form
 _MAX_RUNS = 256  # shapes of inputs that a layer remembers how to run
 # Asked here, because torch.compile cannot ask before torch 2.13.
 _AUTOCAST = frozenset(
@@ -74,6 +76,7 @@ class SparseLinear(nn.Module):
         is_conv1d: bool = False,
     ) -> None:
         super().__init__()
+        ops.check_packed_2to4(values, codes)
         self.out_features, half = values.shape
         self.in_features = 2 * half
         self.is_conv1d = is_conv1d
@@ -87,6 +90,7 @@ class SparseLinear(nn.Module):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
+        self.check("a SparseLinear")
         self.set_keep_dense_(keep_dense)
 
     @classmethod
@@ -171,6 +175,22 @@ class SparseLinear(nn.Module):
             self.dense = ops.unpack_2to4(self.values, codes)
             if self.compressed is None:
                 self.compressed = _compress(self.dense)
+
+    @torch.no_grad()
+    def check(self, name: str) -> None:
+        """Refuse tensors that are no packed 2:4 weight; what has no data is checked by shape alone.
+
+        Args:
+            name: what an error calls the layer.
+
+        Raises:
+            ProxsparseError: dtypes, shapes or devices that do not fit together, or codes that do
+                not keep two of four.
+        """
+        ops.check_packed_2to4(self.values, self.codes)
+        if not self.codes.is_meta:
+            codes = ops.code_rows(self.values, self.codes)
+            check_codes(codes, self.in_features // 4, name)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of each form of the weight that is kept: "packed", "compressed" and "dense".
@@ -262,10 +282,44 @@ class SparseLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "codes"] = ops.code_rows(self.values, self.codes)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.codes = torch.empty_like(ops.code_rows(self.values, self.codes))
-        super()._load_from_state_dict(*args)
-        self.refresh_()
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Takes any part of the packed form; what is not in `state_dict` stays as it is.
+
+        Raises:
+            ProxsparseError: unsound codes, or a dense weight; nothing of the layer is changed then.
+        """
+        values, codes = (state_dict.get(prefix + form) for form in FORMS)
+        name = prefix.removesuffix(".") or "the layer"
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.numel():
+            raise ProxsparseError(
+                f"{name} is packed, the state dict has a dense weight {list(weight.shape)} for it: "
+                "load it into the dense model (densify_), then make that sparse (sparsify_)"
+            )
+        self._check_loaded(values, codes, name)
+        if codes is not None:
+            self.codes = torch.empty_like(ops.code_rows(self.values, self.codes))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected_keys = args[3]
+        if weight is not None and prefix + "weight" in unexpected_keys:
+            unexpected_keys.remove(prefix + "weight")  # the empty one that files have
+        if values is not None or codes is not None:
+            self.refresh_()
+
+    def _check_loaded(self, values: Tensor | None, codes: Tensor | None, name: str) -> None:
+        if values is not None and not values.is_floating_point():
+            raise ProxsparseError(f"the values of {name} are {values.dtype}, not floating-point")
+        if codes is None:
+            return
+        if codes.dtype != torch.uint8:
+            raise ProxsparseError(f"the codes of {name} are {codes.dtype}: they must be uint8")
+        if not codes.is_meta and codes.shape[-1:] == ((self.in_features + 7) // 8,):
+            check_codes(codes, self.in_features // 4, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FORMS and "_runs" in self.__dict__:
+            self._runs.clear()  # they were chosen for other tensors: the next call looks again
+        super().__setattr__(name, value)
 
 
 def check_keep_dense(keep_dense: object) -> None:

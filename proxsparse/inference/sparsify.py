@@ -17,9 +17,10 @@ from torch import nn
 from proxsparse import ops
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.inference.replace import in_memory, places_of, replace_, restore_layers_
+from proxsparse.inference.replace import places_of, replace_, restore_layers_
 from proxsparse.inference.sparse_linear import SparseLinear, check_keep_dense, sparse_layers
-from proxsparse.models.targets import Target, find_targets
+from proxsparse.models.offload import in_memory
+from proxsparse.models.targets import Target, check_in_memory, find_targets
 
 _REPORTED_TOKENS = (1, 16, 256, 4096)
 
@@ -178,7 +179,10 @@ def why_not_sparse(target: Target) -> str:
 def _offence(target: Target) -> str:
     """The first group of the weight that is not 2:4, after "it is"; empty when there is none."""
     with in_memory(target.module):
+        check_in_memory((target,))
         w = target.weight()
+        if not w.any():
+            return "zero throughout, which no pruning makes: a packed weight could not be trained"
         if not ops.is_2to4(w):
             try:
                 ops.pack_2to4(w)

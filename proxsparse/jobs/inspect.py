@@ -13,7 +13,7 @@ from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.sparsify import densify_
 from proxsparse.models.loading import load_model
-from proxsparse.models.masks import Masks
+from proxsparse.models.masks import Masks, mask_file
 from proxsparse.models.targets import Target, find_targets
 
 
@@ -93,8 +93,8 @@ def _recorded_overlap(directory: Path) -> dict[str, float]:
 
 
 def _compare_mask_file(directory: Path, layers: tuple[Target, ...]) -> str | None:
-    file = directory / "masks.safetensors"
-    if not file.is_file():
+    file = mask_file(directory)
+    if file is None:
         return None
     masks = Masks.load(file)
     weights = {t.parameter_name: t.weight() for t in layers}

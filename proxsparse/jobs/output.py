@@ -17,11 +17,13 @@ from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.recipe import Recipe
 from proxsparse.learning import distributed
 from proxsparse.learning.checkpoint import checkpoints_in
+from proxsparse.models.checkpoint_files import open_checkpoint, write_checkpoint
 from proxsparse.models.loading import (
     LoadedModel,
     save_model,
 )
-from proxsparse.models.masks import Masks
+from proxsparse.models.masks import FILE, Masks, targets_of
+from proxsparse.models.rewriting import FileTargets
 
 FORMAT = "proxsparse-1"
 
@@ -101,10 +103,19 @@ def write_result(
     report: dict[str, Any],
     history: list[dict[str, float]],
 ) -> None:
-    """Write a pruned model, its masks, its report and its training plot into `directory`."""
-    save_model(base.model, base.tokenizer, directory)
+    """Write a pruned model, its masks, its report and its training plot into `directory`.
+
+    The rest of the checkpoint that the model was read from comes along bitwise. One that was made
+    (`random_init`) is written as transformers has it.
+    """
+    if base.is_made:
+        save_model(base.model, base.tokenizer, directory)
+    else:
+        files = open_checkpoint(base.id, base.revision)
+        places = FileTargets(base.model, targets_of(base.model, masks), files)
+        write_checkpoint(files, directory, places.masking(masks))
     try:
-        masks.save(directory / "masks.safetensors")
+        masks.save(directory / FILE)
         text = json.dumps(report, indent=2) + "\n"
         (directory / "proxsparse.json").write_text(text, encoding="utf-8")
         if history:

@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.sparse_linear import sparse_layers
 from proxsparse.inference.sparsify import densify_, sparsify_
 from proxsparse.jobs.output import FORMAT, output_directory, versions
-from proxsparse.models.loading import LoadedModel, load_model, save_model, state_bytes
+from proxsparse.models.checkpoint_files import (
+    in_file,
+    open_checkpoint,
+    read_tensor,
+    write_checkpoint,
+)
+from proxsparse.models.loading import LoadedModel, load_model, state_bytes
 
-_COMPANIONS = ("masks.safetensors", "metrics.jsonl", "training.png")
+Change = Callable[[str, Tensor], dict[str, Tensor]]
+_NOTHING = torch.empty(0)  # stands for a tensor of which only the name matters
+
 _REPORT = "proxsparse.json"
 
 
@@ -68,7 +78,8 @@ def pack(
             "packed_bytes": sum(packed.values()),
             "checkpoint_bytes": [before, state_bytes(loaded.model)],
         }
-        _write(loaded, partial, {"storage": "packed", "packed": result})
+        entry = loaded.model.config.quantization_config.to_dict()
+        _write(loaded, partial, {"storage": "packed", "packed": result}, _packing(loaded), entry)
     return result
 
 
@@ -88,17 +99,84 @@ def unpack(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> dic
     with output_directory(output) as partial:
         loaded = load_model(model, torch.device("cpu"))
         before = state_bytes(loaded.model)
+        change = _unpacking(loaded)
         names = densify_(loaded.model)
         if not names:
             raise ProxsparseError(f"{model} is not packed: its layers are dense already")
-        _write(loaded, partial, {"storage": "dense"})
+        _write(loaded, partial, {"storage": "dense"}, change)
     return {"layers": list(names), "checkpoint_bytes": [before, state_bytes(loaded.model)]}
 
 
-def _write(loaded: LoadedModel, directory: Path, changes: dict[str, Any]) -> None:
-    """Save the model, and beside it what lay beside the checkpoint it was read from."""
-    save_model(loaded.model, loaded.tokenizer, directory)
-    source = Path(loaded.id)
+def _packing(loaded: LoadedModel) -> Change:
+    """What becomes of the files of a dense model whose layers are sparse by now."""
+    from proxsparse.inference.quantizer import empty_weight
+
+    files = open_checkpoint(loaded.id, loaded.revision)
+    places = {}
+    for name, layer in sparse_layers(loaded.model).items():
+        (place,) = in_file(loaded.model, {f"{name}.weight": _NOTHING}, files.shapes)
+        shape = (layer.out_features, layer.in_features)
+        if files.shapes.get(place) != (shape[::-1] if layer.is_conv1d else shape):
+            raise _not_as_loaded(loaded, name)
+        places[place] = name, layer
+
+    def change(place: str, stored: Tensor) -> dict[str, Tensor]:
+        if place not in places:
+            return {place: stored}
+        name, layer = places[place]
+        w = stored.T.contiguous() if layer.is_conv1d else stored
+        if not torch.equal(w.to(layer.values.dtype), layer.weight):
+            raise _not_as_loaded(loaded, name)
+        values, codes = ops.pack_2to4(w)  # of the file, which may have more digits than the model
+        owner = place.removesuffix("weight")
+        return {f"{owner}values": values, f"{owner}codes": codes, place: empty_weight()}
+
+    return change
+
+
+def _not_as_loaded(loaded: LoadedModel, name: str) -> ProxsparseError:
+    return ProxsparseError(
+        f"the files of {loaded.id} hold {name} joined with other weights, in pieces or permuted, "
+        "which cannot be packed: load it with transformers, write it with "
+        "save_pretrained(..., save_original_format=False), and pack that"
+    )
+
+
+def _unpacking(loaded: LoadedModel) -> Change:
+    """What becomes of the files of a packed model."""
+    files = open_checkpoint(loaded.id, loaded.revision)
+    places = {}
+    for name, layer in sparse_layers(loaded.model).items():
+        (values,) = in_file(loaded.model, {f"{name}.values": _NOTHING}, files.shapes)
+        places[values] = layer.is_conv1d
+    dropped = {
+        f"{values.removesuffix('values')}{form}"
+        for values in places
+        for form in ("codes", "weight")
+    }
+
+    def change(name: str, stored: Tensor) -> dict[str, Tensor]:
+        if name in dropped:
+            return {}
+        if name not in places:
+            return {name: stored}
+        owner = name.removesuffix("values")
+        w = ops.unpack_2to4(stored, read_tensor(files, f"{owner}codes"))
+        return {f"{owner}weight": w.T if places[name] else w}
+
+    return change
+
+
+def _write(
+    loaded: LoadedModel,
+    directory: Path,
+    changes: dict[str, Any],
+    change: Change,
+    entry: dict[str, Any] | None = None,
+) -> None:
+    """Write the checkpoint with its tensors changed, and the report that lay beside it."""
+    files = open_checkpoint(loaded.id, loaded.revision)
+    source = files.directory
     report: dict[str, Any] = {"format": FORMAT, "storage": "", "versions": versions()}
     if (source / _REPORT).is_file():
         report = json.loads((source / _REPORT).read_text(encoding="utf-8"))
@@ -106,10 +184,8 @@ def _write(loaded: LoadedModel, directory: Path, changes: dict[str, Any]) -> Non
     try:
         text = json.dumps({**report, **changes}, indent=2) + "\n"
         (directory / _REPORT).write_text(text, encoding="utf-8")
-        for name in _COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
     except OSError as error:
         raise ProxsparseError(
             f"the results could not be written to {directory}: {error}"
         ) from error
+    write_checkpoint(files, directory, change, quantization_config=entry, with_ours=True)

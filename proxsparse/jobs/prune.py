@@ -28,15 +28,18 @@ from proxsparse.learning import distributed
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
 from proxsparse.learning.memory import choose_memory
+from proxsparse.models.checkpoint_files import open_checkpoint
 from proxsparse.models.loading import (
     LoadedModel,
     build_model,
+    check_causal,
     check_finite,
     load_model,
     resolve_device,
 )
 from proxsparse.models.masks import Masks, apply_masks_, layer_report, model_fingerprint, targets_of
 from proxsparse.models.precision import computing_in, resolve_dtype
+from proxsparse.models.rewriting import FileTargets
 from proxsparse.models.targets import Targets, find_targets
 
 
@@ -110,7 +113,7 @@ def prune(
     """Prune a Hugging Face causal LM to 2:4 and write the result to a directory.
 
     The directory holds a dense checkpoint with zeros (any Hugging Face program loads it), its
-    tokenizer, `masks.safetensors`, `proxsparse.json` (recipe, provenance, per-layer report) and,
+    tokenizer, `proxsparse.masks`, `proxsparse.json` (recipe, provenance, per-layer report) and,
     for learned methods, `metrics.jsonl` and `training.png`.
 
     Args:
@@ -147,6 +150,9 @@ def prune(
         base = _load_base(model, recipe, home)
         targets = find_targets(base.model, recipe.targets)
         check_finite(targets)
+        check_causal(base.model)
+        if not base.is_made:  # what cannot be written is said before the work
+            FileTargets(base.model, targets, open_checkpoint(base.id, base.revision))
         source = recipe.calibration.calibration if calibration is None else calibration
         data = load_data(source, base.tokenizer, recipe, base.model)
         fingerprint = model_fingerprint(targets)
@@ -195,7 +201,7 @@ def apply(
 
     Args:
         model: the base model, local directory or Hub name.
-        mask: a `masks.safetensors`.
+        mask: a `proxsparse.masks`, or a directory with one.
         output: directory to create; must not exist, or be empty.
         force: apply it to a model with other weights as well, as long as the shapes fit.
         device: where to compute.
@@ -246,7 +252,7 @@ def _load_base(model: str | os.PathLike[str], recipe: Recipe, device: torch.devi
     if not recipe.run.random_init:
         return load_model(model, device)
     torch.manual_seed(recipe.calibration.seed)
-    return LoadedModel(build_model(model, device), None, os.fspath(model), None)
+    return LoadedModel(build_model(model, device), None, os.fspath(model), None, is_made=True)
 
 
 def settle_memory(

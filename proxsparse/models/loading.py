@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,22 @@ import torch
 from torch import nn
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.targets import Targets
+from proxsparse.models.checkpoint_files import INDEX, open_checkpoint, write_index
+from proxsparse.models.targets import Targets, check_in_memory
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM with its tokenizer and where it came from."""
+    """A causal LM with its tokenizer and where it came from.
+
+    `is_made` says that no file holds its weights: they are random.
+    """
 
     model: Any
     tokenizer: Any
     id: str
     revision: str | None
+    is_made: bool = False
 
 
 def resolve_device(name: str) -> torch.device:
@@ -86,6 +92,8 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
     name = _check_name(model)
     try:
         config = AutoConfig.from_pretrained(name)
+        _check_config(name, config)
+        architectures = tuple(getattr(config, "architectures", None) or ())
         result: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -96,6 +104,8 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
         )
         loaded, info = result
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except ProxsparseError:
+        raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ProxsparseError(
             f"{name} cannot be loaded as a causal language model: {_first_lines(error)}"
@@ -106,8 +116,72 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
             f"{name} lacks {len(missing)} weights of {type(loaded).__name__}, first {missing[0]}: "
             "the checkpoint is incomplete, or of another architecture"
         )
+    _check_class(name, architectures, loaded)
     revision = getattr(loaded.config, "_commit_hash", None)
     return LoadedModel(loaded, tokenizer, name, revision)
+
+
+def _check_config(name: str, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        kind = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
+        raise ProxsparseError(
+            f"{name} is an encoder-decoder ({kind}), of which a causal language model would be a "
+            "part only: only decoder-only models can be pruned"
+        )
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ProxsparseError(
+            f"{name} holds an adapter (adapter_config.json): merge it first, with peft's "
+            "merge_and_unload(), and save the merged model"
+        )
+
+
+def _check_class(name: str, architectures: tuple[str, ...], loaded: Any) -> None:
+    """Refuse a checkpoint of another kind of model than the one that was made of it.
+
+    A larger model that generates text is none (its other parts are carried over), nor is the model
+    without a head.
+    """
+    import transformers
+
+    base_class = type(getattr(loaded, "base_model", loaded)).__name__
+    for architecture in architectures:
+        known = getattr(transformers, architecture, None)
+        can_generate = getattr(known, "can_generate", lambda: True)
+        if architecture in (type(loaded).__name__, base_class) or can_generate():
+            return
+    if architectures:
+        raise ProxsparseError(
+            f"{name} is a {architectures[0]}, which generates no text; transformers made a "
+            f"{type(loaded).__name__} of it, which is another model: give a causal language model"
+        )
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Refuse a model whose outputs depend on later tokens; next-token losses mean nothing there.
+
+    Raises:
+        ProxsparseError: the first position's logits change with the second token.
+
+    Cost: a forward pass of two sequences of two tokens.
+    """
+    if next(model.parameters()).is_meta:
+        return
+    tokens = torch.tensor([[5, 6], [5, 7]], device=model.device)
+    tokens %= model.config.get_text_config().vocab_size
+    try:
+        logits = model(input_ids=tokens, use_cache=False).logits[:, 0].float()
+    except Exception as error:  # whatever a model wants besides tokens, its job will say so
+        log = logging.getLogger(__name__)
+        log.warning("%s was not checked to be causal: %s", type(model).__name__, error)
+        return
+    change, spread = (logits[0] - logits[1]).abs().max(), logits.std()
+    if bool(change > 0.02 * spread):
+        raise ProxsparseError(
+            f"{type(model).__name__} sees later tokens: what it predicts at a position changes "
+            "with the next one. Only causal language models can be pruned (of some encoders a "
+            "decoder is made by is_decoder in config.json)"
+        )
 
 
 def _check_name(model: str | os.PathLike[str]) -> str:
@@ -130,6 +204,7 @@ def check_finite(targets: Targets) -> None:
     Raises:
         ProxsparseError: names the first such layer and how many of its weights are bad.
     """
+    check_in_memory(targets.layers)
     for target in targets.layers:
         bad = int((~torch.isfinite(target.weight())).sum())
         if bad:
@@ -140,7 +215,7 @@ def check_finite(targets: Targets) -> None:
 
 
 def save_model(model: nn.Module, tokenizer: Any, directory: Path) -> None:
-    """Write model and tokenizer as a Hugging Face checkpoint; sparse layers are stored packed.
+    """Write model and tokenizer as a dense Hugging Face checkpoint, always with an index.
 
     Raises:
         ProxsparseError: the disk is full or not writable.
@@ -151,6 +226,9 @@ def save_model(model: nn.Module, tokenizer: Any, directory: Path) -> None:
         model.save_pretrained(directory)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        if not (directory / INDEX).is_file():
+            weight_map = open_checkpoint(str(directory)).weight_map
+            write_index(directory, weight_map, state_bytes(model))
     except (OSError, SafetensorError) as error:
         raise ProxsparseError(f"the model could not be written to {directory}: {error}") from error
 

@@ -1,7 +1,8 @@
 """Masks in memory, on disk, and onto a model.
 
 A mask is kept as one 4-bit code per group of four weights: 1 bit per weight, the size and the order
-in which sparse tensor cores want it. `masks.safetensors` holds the codes of each layer and, as
+in which sparse tensor cores want it. `proxsparse.masks` (in the format of safetensors, but with a
+name that no loader of weights takes for some) holds the codes of each layer and, as
 metadata, which base model they belong to (by content hash) and how they were made.
 """
 
@@ -17,18 +18,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from proxsparse import ops
 from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.targets import Target, Targets, find_targets
+from proxsparse.models.offload import in_memory
+from proxsparse.models.targets import (
+    Target,
+    Targets,
+    check_causal_lm,
+    check_in_memory,
+    find_targets,
+)
 from proxsparse.ops import reference
 
 FORMAT = "proxsparse-masks-1"
-# The codes of the six ways to keep two of four: i | j << 2 with i < j.
-_VALID = torch.zeros(16, dtype=torch.bool)
-_VALID[[i | j << 2 for j in range(4) for i in range(j)]] = True
+FILE = "proxsparse.masks"
+_OLD_FILE = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
-        """Read and check a mask file.
+        """Read and check a mask file, or the one in a directory.
 
         Raises:
             ProxsparseError: not there, not a mask file, truncated, or a code that is not 2:4.
@@ -78,6 +86,8 @@ class Masks(Mapping[str, Tensor]):
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
+        if path.is_dir():
+            path = mask_file(path) or path / FILE
         if not path.is_file():
             raise ProxsparseError(f"there is no mask file {path}")
         try:
@@ -107,6 +117,12 @@ class Masks(Mapping[str, Tensor]):
         check_codes(codes, groups, f"{path}: {name}")
 
 
+def mask_file(directory: Path) -> Path | None:
+    """The mask file in a directory that we wrote, by its name of today or of old; None if none."""
+    files = (directory / name for name in (FILE, _OLD_FILE))
+    return next((file for file in files if file.is_file()), None)
+
+
 def check_codes(codes: Tensor, num_groups: int, name: str) -> None:
     """Refuse codes that do not keep two of four; decoding them would misplace weights in silence.
 
@@ -118,14 +134,22 @@ def check_codes(codes: Tensor, num_groups: int, name: str) -> None:
     Raises:
         ProxsparseError: names the first bad group, counted over all rows.
     """
-    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :num_groups].flatten()
-    valid = _VALID.to(codes.device)[nibbles.long()]
-    if not valid.all():
-        group = int((~valid).nonzero()[0])
-        raise ProxsparseError(
-            f"{name} is not 2:4: group {group} has code {int(nibbles[group])}, which does not keep "
-            "two of four"
-        )
+    low, high = codes & 15, codes >> 4
+    if num_groups % 2:  # the last byte of a row holds one group
+        high[..., -1] = 4
+    if bool((_is_valid(low) & _is_valid(high)).all()):
+        return
+    nibbles = torch.stack((low, high), -1).flatten(-2)[..., :num_groups].flatten()
+    group = int((~_is_valid(nibbles)).nonzero()[0])
+    raise ProxsparseError(
+        f"{name} is not 2:4: group {group} has code {int(nibbles[group])}, which does not keep "
+        "two of four"
+    )
+
+
+def _is_valid(nibbles: Tensor) -> Tensor:
+    """Whether each is the code of a group, i | j << 2 with i < j."""
+    return (nibbles & 3) < (nibbles >> 2)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -137,6 +161,7 @@ def model_fingerprint(targets: Targets) -> str:
 
     Only the weights that a mask refers to count: a changed chat template is still the same base.
     """
+    check_in_memory(targets.layers)
     digest = hashlib.sha256()
     for target in sorted(targets.layers, key=lambda t: t.parameter_name):
         w = target.parameter.detach()
@@ -149,8 +174,10 @@ def targets_of(model: nn.Module, masks: Masks) -> Targets:
     """The layers of `model` that `masks` belong to.
 
     Raises:
-        ProxsparseError: a mask names a layer that the model lacks, or has another shape.
+        ProxsparseError: no plain causal LM, or a mask names a layer that the model lacks, or has
+            another shape.
     """
+    check_causal_lm(model)
     named = tuple(name.removesuffix(".weight") for name in masks)
     try:
         everything = find_targets(model, TargetConfig(targets=named))
@@ -178,9 +205,12 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
         masks: from `learn_masks` or `Masks.load`.
 
     Raises:
-        ProxsparseError: a mask fits no layer of the model; nothing is changed then.
+        ProxsparseError: a mask fits no layer of the model, or a layer is offloaded by accelerate;
+            nothing is changed then.
     """
-    _zero_pruned_(targets_of(model, masks), masks)
+    targets = targets_of(model, masks)
+    check_in_memory(targets.layers)
+    _zero_pruned_(targets, masks)
 
 
 @torch.no_grad()
@@ -188,17 +218,22 @@ def masks_of(model: nn.Module) -> Masks:
     """The masks that a pruned model's zeros show.
 
     A group with fewer than two non-zeros keeps zeros at its lowest free places, as when packed.
+    Layers that accelerate has offloaded are brought back one by one.
 
     Args:
-        model: a dense model, pruned. Layers that are not 2:4 get no mask.
+        model: a dense model, pruned. Layers that are not 2:4 get no mask, nor do those that are
+            zero throughout: they were made so, such as a new branch, and are yet to be trained.
 
     Raises:
         ProxsparseError: no layer is 2:4.
     """
     masks = Masks()
     for target in find_targets(model).layers:
-        if ops.is_2to4(target.weight()):
-            masks.add(target, ops.mask_2to4(target.weight()))
+        with in_memory(target.module):
+            check_in_memory((target,))
+            w = target.weight()
+            if ops.is_2to4(w) and w.any():
+                masks.add(target, ops.mask_2to4(w))
     if not masks:
         raise ProxsparseError(
             f"no layer of {type(model).__name__} is 2:4, so it shows no masks: prune it first"
@@ -218,7 +253,7 @@ def keep_masks_(
 
     Args:
         model: the model that is trained.
-        optimizer: what updates its weights.
+        optimizer: what updates its weights; also one that `accelerator.prepare` has wrapped.
         masks: which weights stay; default: those that are not zero now, see `masks_of`.
 
     Returns:
@@ -231,13 +266,34 @@ def keep_masks_(
     """
     masks = masks_of(model) if masks is None else masks
     targets = targets_of(model, masks)
+    check_in_memory(targets.layers)
+    split = next((t.name for t in targets.layers if isinstance(t.parameter, DTensor)), None)
+    if split is not None:
+        raise ProxsparseError(
+            f"{split} is split over processes, its mask is not: call keep_masks_ on a model that "
+            "each process holds whole, as under DistributedDataParallel"
+        )
     codes = {
         t.parameter_name: masks.codes[t.parameter_name].to(t.parameter.device)
         for t in targets.layers
     }
     here = Masks(codes, masks.shapes, masks.metadata)
     _zero_pruned_(targets, here)
-    return optimizer.register_step_post_hook(lambda *_: _zero_pruned_(targets, here))
+    return _innermost(optimizer).register_step_post_hook(lambda *_: _zero_pruned_(targets, here))
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser that steps, under the wrappers of accelerate and its like."""
+    while not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise ProxsparseError(
+                f"{type(optimizer).__name__} is no optimiser of torch and holds none as "
+                "`optimizer`: pass the one that steps"
+            )
+        optimizer = inner
+    result: torch.optim.Optimizer = optimizer
+    return result
 
 
 @torch.no_grad()

@@ -84,6 +84,7 @@ class Target:
                 f"{self.name} is {list(self.shape)} of {self.parameter.dtype}: it cannot take a "
                 f"weight {list(w.shape)} of {w.dtype}"
             )
+        check_in_memory((self,))
         self.weight().copy_(w)
 
     def canonical(self, stored: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def find_targets(model: nn.Module, config: TargetConfig | None = None) -> Target
             or matches only weights that are not pruned; nothing is left to prune.
     """
     config = TargetConfig() if config is None else config
-    _check_causal_lm(model)
+    check_causal_lm(model)
     blocks = _find_blocks(model)
     found = _find_weights(model, blocks)
     _check_patterns(found, config)
@@ -176,8 +177,24 @@ def find_targets(model: nn.Module, config: TargetConfig | None = None) -> Target
     return Targets(tuple(layers), left_dense, tuple(blocks.values()), tuple(blocks))
 
 
-def _check_causal_lm(model: nn.Module) -> None:
+def check_causal_lm(model: nn.Module) -> None:
+    """Refuse what is no plain causal language model of transformers.
+
+    Raises:
+        ProxsparseError: adapted, wrapped, an encoder-decoder, packed or quantised.
+    """
     kind, config = type(model).__name__, getattr(model, "config", None)
+    adapted = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
+    if adapted is not None or getattr(model, "_hf_peft_config_loaded", False):
+        raise ProxsparseError(
+            f"{kind} carries an adapter ({adapted or 'of peft'}), whose own matrices are no layers "
+            "to prune: merge the adapter first, with merge_and_unload(), or unload() it"
+        )
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ProxsparseError(
+            f"{kind} is a wrapper, under which the layers have other names: pass the model in it, "
+            "as accelerator.unwrap_model(model, keep_torch_compile=False) returns it"
+        )
     can_generate = getattr(model, "can_generate", None)
     if config is None or can_generate is None or not can_generate():
         raise ProxsparseError(
@@ -200,6 +217,26 @@ def _check_causal_lm(model: nn.Module) -> None:
             f"{kind} is quantised ({getattr(method, 'value', method)}): prune the unquantised "
             "model, then quantise the result"
         )
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether peft made it: a model with adapters, or a layer of such a model."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def check_in_memory(targets: Sequence[Target]) -> None:
+    """Refuse weights that are not in memory, before a job reads nothing or writes into nothing.
+
+    Raises:
+        ProxsparseError: names the first one that is on the meta device.
+    """
+    for target in targets:
+        if target.parameter.is_meta:
+            raise ProxsparseError(
+                f"{target.name} is not in memory (its weight is on meta): accelerate has offloaded "
+                "it, or the model was never loaded. Load the model without offloading, with "
+                "device_map='cpu' say"
+            )
 
 
 def _find_blocks(model: nn.Module) -> dict[str, nn.Module]:

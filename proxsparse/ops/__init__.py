@@ -400,12 +400,8 @@ def sparse_linear_group(
 
 
 def _check_packed_product(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
-    n, half = values.shape if values.dim() == 2 else (0, 0)
-    if values.dim() != 2 or codes.shape not in ((n, (half + 3) // 4), _tiles_shape(n, half)):
-        raise ProxsparseError(
-            f"values {list(values.shape)} and codes {list(codes.shape)} are no packed 2:4 weight: "
-            "expected [N, K/2] and [N, ceil(K/8)] from pack_2to4, or codes in tiles"
-        )
+    check_packed_2to4(values, codes)
+    n, half = values.shape
     if x.dim() == 0 or x.shape[-1] != 2 * half:
         raise ProxsparseError(
             f"x is {list(x.shape)}, but the weight is [{n}, {2 * half}]: the last dimension must "
@@ -422,6 +418,38 @@ def _check_packed_product(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor
         raise ProxsparseError(
             f"x is {x.dtype} on {x.device}, but the bias is {bias.dtype} on {bias.device}: they "
             "must agree"
+        )
+
+
+def check_packed_2to4(values: Tensor, codes: Tensor) -> None:
+    """Refuse tensors that are no packed 2:4 weight, by all that can be told without reading them.
+
+    Args:
+        values: [N, K/2], from `pack_2to4`.
+        codes: uint8 [N, ceil(K/8)], or tiles from `lay_out_2to4`, on the same device.
+
+    Raises:
+        ProxsparseError: another number of dimensions, shape, dtype or device.
+    """
+    n, half = values.shape if values.dim() == 2 else (0, 0)
+    if (
+        values.dim() != 2
+        or half % 2
+        or codes.shape not in ((n, (half + 3) // 4), _tiles_shape(n, half))
+    ):
+        raise ProxsparseError(
+            f"values {list(values.shape)} and codes {list(codes.shape)} are no packed 2:4 weight: "
+            "expected [N, K/2] and [N, ceil(K/8)] from pack_2to4, or codes in tiles"
+        )
+    if codes.dtype != torch.uint8 or not values.dtype.is_floating_point:
+        raise ProxsparseError(
+            f"values are {values.dtype} and codes {codes.dtype}: a packed 2:4 weight has "
+            "floating-point values and codes of uint8, as pack_2to4 returns them"
+        )
+    if codes.device != values.device:
+        raise ProxsparseError(
+            f"values are on {values.device} and codes on {codes.device}: move the layer as a "
+            "whole; meta means that a tensor is not in memory"
         )
 
 
