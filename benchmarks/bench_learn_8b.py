@@ -107,7 +107,7 @@ def main() -> None:
         model = build_model(path, device)
     embedding = model.get_input_embeddings().weight.numel()
     used = sum(p.numel() for p in model.parameters()) - embedding
-    flops = 6 * used * args.tokens
+    flops = 8 * used * args.tokens  # forward, backward, and the dense model's forward
     print(f"{used + embedding:,} parameters; {flops:.3g} FLOP a step; at best {args.peak_tflops} "
           f"TFLOP/s, so at least {flops / args.peak_tflops / 1e12:.3f} s")  # fmt: skip
 

@@ -225,10 +225,18 @@ def test_too_little_text(text_file: Path, tokenizer: Any) -> None:
     available = tokenize_text(read_text(text_file), tokenizer).numel()
     message = (
         rf"1,000 samples of 64 tokens were asked for, which is 64,000 tokens, but .*text.txt has "
-        rf"{available:,} \({available // 64} samples\).*smaller --num-calibration-samples"
+        rf"{available:,} \({available // 64} samples\).*fewer --tokens; or .*"
+        rf"--num-calibration-samples {available // 64}"
     )
     with pytest.raises(ProxsparseError, match=message):
         load_calibration(text_file, tokenizer, _config(max_seq_length=64), 1000)
+    for length in (available + 1, 10 * available):
+        message = (
+            rf"text.txt has {available:,} tokens, less than one sequence of {length:,}: give more "
+            "text or a smaller --max-seq-length"
+        )
+        with pytest.raises(ProxsparseError, match=message):
+            load_calibration(text_file, tokenizer, _config(max_seq_length=length), 1)
     with pytest.raises(ProxsparseError, match="num_samples is 0"):
         load_calibration(text_file, tokenizer, _config(), 0)
 

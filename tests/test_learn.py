@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import signal
 from pathlib import Path
@@ -11,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse.config import LearnConfig
+from proxsparse import ops
+from proxsparse.config import LearnConfig, TargetConfig
 from proxsparse.errors import Interrupted, ProxsparseError
 from proxsparse.learning import loop as learning
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
+from proxsparse.learning.layerwise import collect_input_norms
+from proxsparse.learning.rule import Moment
 from proxsparse.methods import METHODS
 from proxsparse.models.targets import find_targets
 
+proxsparse_method: Any = importlib.import_module("proxsparse.methods.proxsparse")
 LEARNED = [m.name for m in METHODS.values() if m.learned]
 MODES = [(m.name, memory) for m in METHODS.values() for memory in m.memory]
 
@@ -144,6 +149,67 @@ def test_nan_names_step_and_checkpoint(tiny_model: Any, tmp_path: Path, monkeypa
         METHODS["gates"].run(make_job(tiny_model("llama"), "gates", tmp_path))
 
 
+@pytest.mark.parametrize("memory", METHODS["gates"].memory)
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("llama", ()), ("gpt2", ()), ("gemma2", ()), ("llama", ("lm_head", "down_proj", "q_proj"))],
+)
+def test_the_first_loss_is_the_divergence_of_wandas_mask(
+    tiny_model: Any, name: str, targets: tuple[str, ...], memory: str
+) -> None:
+    """So the dense model is W0 in every mode of memory, its head included."""
+    model = tiny_model(name)
+    with torch.no_grad():
+        for p in model.parameters():  # a model that has something to say
+            p.mul_(8 if p.dim() > 1 else 1)
+    job = make_job(model, "gates", memory=memory, steps=1)
+    job.targets = find_targets(model, TargetConfig(targets=targets))
+    batch = job.tokens[learning._Order(6, 2, 0).indices(0)]
+    norms = collect_input_norms(model, job.targets, job.tokens)
+    METHODS["gates"].run(job)
+    with torch.no_grad():
+        dense = model(input_ids=batch).logits.log_softmax(-1)
+        for t in job.targets.layers:
+            w = t.weight()
+            w.copy_(ops.project_2to4(w, w.abs() * norms[t.name].unsqueeze(-2)))
+        pruned = model(input_ids=batch).logits.log_softmax(-1)
+    expected = (dense.exp() * (dense - pruned)).sum(-1).mean().item()
+    assert expected > 0.01
+    assert job.history[0]["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def rule_of(**settings: Any) -> Any:
+    options = METHODS["proxsparse"].config()
+    return proxsparse_method._ProxAdamW(LearnConfig(steps=10, **settings), options)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.02, 40.0])
+def test_proxsparse_has_no_units_by_default(tiny_model: Any, scale: float) -> None:
+    """A layer of other scale takes the same steps, relative to its weights."""
+    learned = []
+    for factor in (1.0, scale):
+        target = find_targets(tiny_model("llama")).layers[0]
+        target.weight().mul_(factor / target.weight().square().mean().sqrt())
+        w0, rule = target.weight().clone(), rule_of()
+        state = rule.start(target, w0)
+        generator = torch.Generator().manual_seed(5)
+        for step in range(1, 11):
+            lr, lam = rule.lr, rule.lam_at(step / 11, rule.lr)
+            scalars = (torch.tensor(float(x), dtype=torch.float64) for x in (step, lr, lam))
+            grad = torch.randn(w0.shape, generator=generator)
+            rule.update_(w0, state, grad, Moment(*scalars, torch.ones(())), None)
+        learned.append(state["p"] / factor)
+    assert not torch.allclose(learned[0], w0 / scale, rtol=0.05)
+    torch.testing.assert_close(learned[0], learned[1], rtol=1e-3, atol=1e-4)
+
+
+def test_proxsparse_with_lam_is_the_published_method() -> None:
+    published, own = rule_of(lam=0.25), rule_of()
+    assert published.lr == 1e-4 and published.lam_at(0.0, 1e-4) == 0.25
+    assert not published.distils and own.distils
+    assert own.lam_at(0.0, own.lr) == 0.0 < own.lam_at(0.9, own.lr)
+
+
 def test_layer_without_gradient_is_named(tiny_model: Any) -> None:
     model = tiny_model("llama")
     layer = model.model.layers[1].mlp
@@ -153,7 +219,7 @@ def test_layer_without_gradient_is_named(tiny_model: Any) -> None:
 
 
 def test_history_counts_groups_that_are_2to4(tiny_model: Any) -> None:
-    job = make_job(tiny_model("llama"), "gates", steps=30, checkpoint_every=0, lam=10.0)
+    job = make_job(tiny_model("llama"), "gates", steps=30, checkpoint_every=0, lam=5.0)
     METHODS["gates"].run(job)
     shares = [record["share_2to4"] for record in job.history]
     assert 0 < job.history[0]["share_flipped"] < 0.5
