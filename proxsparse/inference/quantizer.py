@@ -5,7 +5,7 @@ declares is a quantised one. `config.json` names the packed layers; on loading t
 before any weight is read, so that no dense weight of them is ever made.
 
 This is the one module that needs transformers to be imported. It is imported when a model is made
-sparse, and by `registration` as soon as transformers' list of quantisers exists.
+sparse, and by what `registration` has put into transformers' lists, once a packed model is met.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+# The registry first: to import `base` before it is to hold the lock of a module that its package
+# imports, and a second thread that loads the package would wait for this one, and this one for it.
+import transformers.quantizers.auto  # noqa: F401
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
+from proxsparse.inference.registration import METHOD
 from proxsparse.inference.sparse_linear import SparseLinear, check_memory
+from proxsparse.models.forms import PackedEntry, checked
 from proxsparse.models.masks import check_codes
 from proxsparse.models.targets import is_linear_layer
 
-METHOD = "proxsparse"
 FORMAT = 1
 
 
-@register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a packed model's config.json.
 
@@ -48,6 +50,9 @@ class PackedConfig(QuantizationConfigMixin):
         format_version: int = FORMAT,
         quant_method: str = METHOD,
     ) -> None:
+        entry = {"layers": layers, "memory": memory, "format_version": format_version}
+        entry["layers"] = list(layers) if isinstance(layers, tuple) else layers
+        checked(PackedEntry, entry, "the quantization_config of the model")
         if format_version != FORMAT:
             raise ProxsparseError(
                 f"the model is packed in format {format_version}, this proxsparse reads {FORMAT}: "
@@ -60,7 +65,6 @@ class PackedConfig(QuantizationConfigMixin):
         self.layers = list(layers)
 
 
-@register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
     """Puts SparseLinear layers into a model before its packed weights are read."""
 

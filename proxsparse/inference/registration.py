@@ -1,9 +1,13 @@
 """Makes transformers know packed models once proxsparse is imported, in whichever order.
 
-transformers has no plug-in mechanism for quantisers, only a list one can add to once the module
-that holds it is loaded. `import proxsparse` must not load it: that would take seconds, and torch.
-So where the list is loaded already, we add to it; where it is not, a finder that knows this single
-module waits for its import, adds to the list right after, and is gone.
+transformers has no plug-in mechanism for quantisers, only lists one can add to once the module
+that holds them is loaded. `import proxsparse` must not load it: that would take seconds, and torch.
+So where the lists are loaded already, we add to them; where they are not, a finder that knows this
+single module waits for its import, adds to the lists right after, and is gone.
+
+What is added are stand-ins that import our classes when a packed model is met. To import them at
+once would be to wait for one module while holding the import lock of another, and a second thread
+that imports the two the other way round would wait for ever.
 """
 
 from __future__ import annotations
@@ -15,17 +19,37 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
+METHOD = "proxsparse"
 _REGISTRY = "transformers.quantizers.auto"
-_OURS = "proxsparse.inference.quantizer"  # adds to the registry when it is imported
+_OURS = "proxsparse.inference.quantizer"
 
 
 def register() -> None:
     """Register now or as soon as there is something to register with; once is enough."""
     if _REGISTRY in sys.modules:
-        importlib.import_module(_OURS)
+        _add_to(importlib.import_module(_REGISTRY))  # waits where another thread is loading it
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def _add_to(registry: Any) -> None:
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, _Config)
+    registry.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _quantizer)
+
+
+class _Config:
+    """Stands for `PackedConfig`."""
+
+    @staticmethod
+    def from_dict(*args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module(_OURS).PackedConfig.from_dict(*args, **kwargs)
+
+
+def _quantizer(*args: Any, **kwargs: Any) -> Any:
+    """Stands for `PackedQuantizer`."""
+    return importlib.import_module(_OURS).PackedQuantizer(*args, **kwargs)
 
 
 class _Finder(MetaPathFinder):
@@ -57,4 +81,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        importlib.import_module(_OURS)
+        _add_to(module)

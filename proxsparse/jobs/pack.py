@@ -7,7 +7,6 @@ sparse model. Everything else in the directory is as `prune` wrote it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -18,11 +17,16 @@ import torch
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.sparse_linear import sparse_layers
 from proxsparse.inference.sparsify import densify_, sparsify_
-from proxsparse.jobs.output import FORMAT, output_directory, versions
+from proxsparse.jobs.output import (
+    check_output_fits,
+    output_directory,
+    stored_report,
+    write_report,
+)
+from proxsparse.models.forms import read_report
 from proxsparse.models.loading import LoadedModel, load_model, save_model, state_bytes
 
 _COMPANIONS = ("masks.safetensors", "metrics.jsonl", "training.png")
-_REPORT = "proxsparse.json"
 
 
 def pack(
@@ -68,7 +72,7 @@ def pack(
             "packed_bytes": sum(packed.values()),
             "checkpoint_bytes": [before, state_bytes(loaded.model)],
         }
-        _write(loaded, partial, {"storage": "packed", "packed": result})
+        _write(loaded, partial, "packed", packed=result)
     return result
 
 
@@ -91,25 +95,17 @@ def unpack(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> dic
         names = densify_(loaded.model)
         if not names:
             raise ProxsparseError(f"{model} is not packed: its layers are dense already")
-        _write(loaded, partial, {"storage": "dense"})
+        _write(loaded, partial, "dense")
     return {"layers": list(names), "checkpoint_bytes": [before, state_bytes(loaded.model)]}
 
 
-def _write(loaded: LoadedModel, directory: Path, changes: dict[str, Any]) -> None:
+def _write(loaded: LoadedModel, directory: Path, storage: str, **fields: Any) -> None:
     """Save the model, and beside it what lay beside the checkpoint it was read from."""
-    save_model(loaded.model, loaded.tokenizer, directory)
     source = Path(loaded.id)
-    report: dict[str, Any] = {"format": FORMAT, "storage": "", "versions": versions()}
-    if (source / _REPORT).is_file():
-        report = json.loads((source / _REPORT).read_text(encoding="utf-8"))
-    report.pop("packed", None)
-    try:
-        text = json.dumps({**report, **changes}, indent=2) + "\n"
-        (directory / _REPORT).write_text(text, encoding="utf-8")
-        for name in _COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
-    except OSError as error:
-        raise ProxsparseError(
-            f"the results could not be written to {directory}: {error}"
-        ) from error
+    report = stored_report(read_report(source), storage, **fields)
+    check_output_fits(directory, loaded.model)
+    save_model(loaded.model, loaded.tokenizer, directory)
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    write_report(directory, report)
