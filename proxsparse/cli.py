@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import logging
-import os
+import math
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -23,8 +23,11 @@ from proxsparse.config import (
     LearnConfig,
     RunConfig,
     TargetConfig,
+    choices_of,
 )
 from proxsparse.errors import Interrupted, ProcessLost, ProxsparseError
+from proxsparse.jobs.checks import check_file, check_model, check_output, check_prune
+from proxsparse.learning import launcher
 
 app = typer.Typer(
     name="proxsparse",
@@ -35,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_IN_SEVERAL_PROCESSES = ("prune", "env")
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 _Output = Annotated[str, typer.Option("--output", "-o", help="Directory to create.")]
 
@@ -77,7 +81,13 @@ def _flag(field: dataclasses.Field[Any], kind: Any, panel: str) -> inspect.Param
         kind = list[str]
     default = field.default
     shown = "" if default in (None, ()) else f" [default: {default}]"
-    option = typer.Option(help=field.metadata["help"] + shown, rich_help_panel=panel)
+    choices = choices_of(kind)  # checked by the config, in the words of every other mistake
+    option = typer.Option(
+        help=field.metadata["help"] + shown,
+        rich_help_panel=panel,
+        metavar="|".join(choices) or None,
+    )
+    kind = str if choices else kind
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -88,16 +98,21 @@ def _flag(field: dataclasses.Field[Any], kind: Any, panel: str) -> inspect.Param
 
 def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     """Turn a function that returns its result into a command that reports it, or the error."""
+    name = function.__name__.rstrip("_")
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         as_json = kwargs.pop("json", False)
-        is_main = os.environ.get("RANK", "0") == "0"  # of the processes of a launcher
-        console = Console(stderr=as_json, quiet=not is_main)
-        logging.basicConfig(format="%(message)s", level="INFO" if is_main else "ERROR")
-        for name in ("httpx", "datasets", "matplotlib"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        is_main = True
         try:
+            is_main = launcher.is_main()  # of the processes of a launcher
+            if name not in _IN_SEVERAL_PROCESSES:
+                launcher.require_one_process(f"proxsparse {name}")
+            # Names and paths are printed as they are, whatever brackets they hold.
+            console = Console(stderr=as_json, quiet=not is_main, markup=False, emoji=False)
+            logging.basicConfig(format="%(message)s", level="INFO" if is_main else "ERROR")
+            for library in ("httpx", "datasets", "matplotlib"):
+                logging.getLogger(library).setLevel(logging.WARNING)
             result = function(*args, console=console, **kwargs)
         except ProxsparseError as error:
             if is_main or isinstance(error, ProcessLost):
@@ -106,7 +121,7 @@ def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
                 typer.echo(json.dumps({"error": str(error)}))
             raise typer.Exit(130 if isinstance(error, Interrupted) else 1) from error
         if as_json and is_main:
-            typer.echo(json.dumps(result))
+            typer.echo(json.dumps(_without_nan(result), allow_nan=False))
 
     signature = inspect.signature(function, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.name != "console"]
@@ -118,7 +133,16 @@ def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
         parameters=parameters, return_annotation=None
     )
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return app.command(name=function.__name__.rstrip("_"))(run)
+    return app.command(name=name)(run)
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null for each number that JSON does not have, such as lm-eval's NaN errors."""
+    if isinstance(value, dict):
+        return {key: _without_nan(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _quiet_transformers() -> None:
@@ -159,6 +183,7 @@ def prune(
 
     Example: proxsparse prune ./llama --calibration text.txt --tokens 25M --output ./llama-2to4
     """
+    check_prune(model, output, method=method, preset=preset, resume=resume, **settings)
     from proxsparse.jobs.prune import prune as run
 
     _quiet_transformers()
@@ -196,6 +221,9 @@ def apply(
     console: Console,
 ) -> dict[str, Any]:
     """Put a mask file on its base model, bit-identically to what prune wrote."""
+    check_file(mask, "mask file")
+    check_model(model)
+    check_output(output)
     from proxsparse.jobs.prune import apply as run
 
     _quiet_transformers()
@@ -225,6 +253,8 @@ def pack(
 
     Example: proxsparse pack ./llama-2to4 --output ./llama-packed
     """
+    check_model(model)
+    check_output(output)
     from proxsparse.jobs.pack import pack as run
 
     _quiet_transformers()
@@ -252,6 +282,8 @@ def unpack(
 
     Every program that loads Hugging Face models loads the result.
     """
+    check_model(model)
+    check_output(output)
     from proxsparse.jobs.pack import unpack as run
 
     _quiet_transformers()
@@ -286,6 +318,7 @@ def advise(
 
     Example: proxsparse advise ./llama --tokens 1,4096
     """
+    check_model(model)
     from proxsparse.jobs.advise import advise as run
 
     _quiet_transformers()
@@ -373,6 +406,7 @@ def generate(
 
     Example: proxsparse generate ./llama-2to4 --prompt "Once upon a time"
     """
+    check_model(model)
     from proxsparse.jobs.generate import generate as run
 
     _quiet_transformers()
@@ -425,6 +459,9 @@ def inspect_(
     console: Console,
 ) -> dict[str, Any]:
     """Show each layer's shape, 2:4 validity, zeros and overlap with magnitude pruning."""
+    check_model(model)
+    if base is not None:
+        check_model(base)
     from proxsparse.jobs.inspect import inspect_model
 
     _quiet_transformers()
@@ -467,6 +504,7 @@ def eval_(
     console: Console,
 ) -> dict[str, Any]:
     """Measure perplexity on a text, and lm-eval tasks if asked for."""
+    check_model(model)
     from proxsparse.jobs.evaluate import evaluate_model
 
     _quiet_transformers()
@@ -513,6 +551,8 @@ def demo(
     console: Console,
 ) -> dict[str, Any]:
     """Learn and compare masks on a small model that ships with the package; needs no network."""
+    if output is not None:
+        check_output(output)
     from proxsparse.jobs.demo import run_demo
 
     _quiet_transformers()

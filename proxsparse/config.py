@@ -7,6 +7,7 @@ config can be hashed into a recipe and cannot change under a running job.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,19 +21,28 @@ def option(default: Any, help: str, *, minimum: float | None = None) -> Any:
 
 
 class _Checked:
-    """Checks each number against its field's minimum when the config is made."""
+    """Checks each value against its field's minimum or choices when the config is made."""
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, minimum = getattr(self, field.name), field.metadata.get("minimum")
+            choices = choices_of(hints[field.name])
+            flag = "--" + field.name.replace("_", "-")
+            if choices and value not in choices:
+                raise ProxsparseError(f"{flag} is {value!r}: choose {', '.join(choices)}")
             if minimum is not None and value is not None and not value >= minimum:
-                flag = "--" + field.name.replace("_", "-")
                 raise ProxsparseError(f"{flag} is {value}: it must be at least {minimum:g}")
 
 
 def _seed() -> Any:
     """The one seed of a run, which both drawing blocks and ordering them read."""
     return option(0, "Seed of the choice and the order of the calibration blocks.", minimum=0)
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """The values of a `Literal` type; none of any other."""
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +131,7 @@ class RunConfig(_Checked):
     device: str = option(
         "auto", "auto, cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one."
     )
-    dtype: str = option(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
         "Precision while learning: auto, float32, bfloat16 or float16. The pruned model is always "
         "saved in the dtype of the base model.",

@@ -31,6 +31,7 @@ from proxsparse.inference.sparse_linear import (
     check_keep_dense,
     sparse_layers,
 )
+from proxsparse.models.forms import PackedEntry, checked
 from proxsparse.models.offload import in_memory
 from proxsparse.models.targets import is_linear_layer
 
@@ -62,6 +63,9 @@ class PackedConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         memory: str | None = None,
     ) -> None:
+        entry = {"layers": layers, "format_version": format_version, "memory": memory}
+        entry["layers"] = list(layers) if isinstance(layers, tuple) else layers
+        checked(PackedEntry, entry, "the quantization_config of the model")
         if format_version not in READABLE_FORMATS:
             raise ProxsparseError(
                 f"the model is packed in format {format_version}, this proxsparse reads up to "

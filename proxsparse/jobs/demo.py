@@ -25,11 +25,11 @@ from proxsparse.data.calibration import Calibration, load_calibration
 from proxsparse.data.corpus import stdlib_texts
 from proxsparse.data.tokenizing import to_blocks, tokenize_text
 from proxsparse.jobs.evaluate import evaluate_perplexity, remaining_loss
-from proxsparse.jobs.output import FORMAT, mask_metadata, output_directory, versions, write_result
+from proxsparse.jobs.output import mask_metadata, output_directory, pruned_report, write_result
 from proxsparse.jobs.prune import run_method
 from proxsparse.jobs.recipe import Recipe, make_recipe
 from proxsparse.models.loading import LoadedModel, load_model, resolve_device
-from proxsparse.models.masks import Masks, apply_masks_, layer_report, model_fingerprint
+from proxsparse.models.masks import Masks, apply_masks_, model_fingerprint
 from proxsparse.models.precision import computing_in
 from proxsparse.models.targets import Targets, find_targets
 
@@ -135,7 +135,7 @@ def _compare(
         figures["remaining_loss"] = remaining_loss(figures["perplexity"], dense, wanda)
     _print_results(console, results)
     for name, sample in generated.items():
-        console.print(f"\n[bold]{name}[/bold] continues the prompt:", highlight=False)
+        console.print(f"\n{name} continues the prompt:", style="bold", highlight=False)
         console.print(sample, highlight=False, markup=False)
     if partial is not None:
         _write(partial, base, targets, runs, results, _recipe("gates", quick))
@@ -154,25 +154,25 @@ def _write(
     from proxsparse.jobs.plots import plot_comparison
 
     masks, history = runs["gates"]
-    masks.metadata.update(
-        mask_metadata(recipe, model_fingerprint(targets), "proxsparse demo model", None)
+    base = dataclasses.replace(base, id="proxsparse demo model")
+    fingerprint = model_fingerprint(targets)
+    masks.metadata.update(mask_metadata(recipe, fingerprint, base.id, None))
+    report = pruned_report(
+        recipe.as_dict(),
+        base,
+        fingerprint,
+        targets,
+        masks,
+        weights_updated=False,
+        results=results,
     )
-    report = {
-        "format": FORMAT,
-        "storage": "dense",
-        "recipe": recipe.as_dict(),
-        "versions": versions(),
-        "results": results,
-        "layers": layer_report(targets, masks),
-        "left_dense": dict(targets.left_dense),
-    }
     apply_masks_(base.model, masks)
-    write_result(directory, base, masks, report, history)
     plot_comparison(
         {name: figures["perplexity"] for name, figures in results.items()},
         {name: run[1] for name, run in runs.items() if run[1]},
         directory / "comparison.png",
     )
+    write_result(directory, base, masks, report, history)
 
 
 def _generate(base: LoadedModel) -> str:

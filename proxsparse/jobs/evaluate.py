@@ -40,7 +40,8 @@ def evaluate_perplexity(
         batch_size: blocks per forward pass; changes speed and memory, not the result.
 
     Raises:
-        ProxsparseError: text without a tokenizer, or fewer than `max_seq_length` tokens.
+        ProxsparseError: text without a tokenizer, fewer than `max_seq_length` tokens, or a model
+            whose loss is NaN or infinite.
     """
     if isinstance(data, str):
         if tokenizer is None:
@@ -55,10 +56,16 @@ def evaluate_perplexity(
     device = next(model.parameters()).device
     total = 0.0
     with eval_mode(model):
-        for batch in tqdm(
-            torch.split(blocks, batch_size), desc="perplexity", disable=None, leave=False
-        ):
-            total += next_token_loss(model, batch.to(device), "sum").item()
+        batches = torch.split(blocks, batch_size)
+        for i, batch in enumerate(tqdm(batches, desc="perplexity", disable=None, leave=False)):
+            loss = next_token_loss(model, batch.to(device), "sum").item()
+            if not math.isfinite(loss):
+                raise ProxsparseError(
+                    f"the loss of {type(model).__name__} is {loss} on blocks {i * batch_size} and "
+                    "after, so it has no perplexity: its weights are damaged, or it overflows in "
+                    "its dtype; load a sound checkpoint, or one in float32"
+                )
+            total += loss
     return math.exp(min(total / (blocks.shape[0] * (blocks.shape[1] - 1)), 700.0))
 
 

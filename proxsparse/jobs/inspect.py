@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.sparsify import densify_
+from proxsparse.models.forms import read_report
 from proxsparse.models.loading import load_model
 from proxsparse.models.masks import Masks, mask_file
 from proxsparse.models.targets import Target, find_targets
@@ -84,12 +84,9 @@ def _against(target: Target, originals: dict[str, Target], base: Any) -> dict[st
     }
 
 
-def _recorded_overlap(directory: Path) -> dict[str, float]:
-    file = directory / "proxsparse.json"
-    if not file.is_file():
-        return {}
-    layers = json.loads(file.read_text(encoding="utf-8")).get("layers", [])
-    return {layer["name"]: layer["overlap_with_magnitude"] for layer in layers}
+def _recorded_overlap(directory: Path) -> dict[str, float | None]:
+    layers = (read_report(directory) or {}).get("layers", [])
+    return {layer["name"]: layer.get("overlap_with_magnitude") for layer in layers}
 
 
 def _compare_mask_file(directory: Path, layers: tuple[Target, ...]) -> str | None:

@@ -1,4 +1,8 @@
-"""The directory that a job writes: whole or not there, with a report of how it was made."""
+"""The directory that a job writes: whole or not there, with a report of how it was made.
+
+A result grows in `OUTPUT.partial`, which a marker says to be ours, under a lock that only one run
+can hold. It gets its name in one step, when every byte of it is on the disk.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,37 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from proxsparse.errors import ProxsparseError
+from proxsparse.jobs.checks import (
+    MARKER,
+    check_output,
+    final_path,
+    partial_path,
+    read_marker,
+    worth_keeping,
+)
 from proxsparse.jobs.recipe import Recipe
 from proxsparse.learning import distributed
-from proxsparse.learning.checkpoint import checkpoints_in
 from proxsparse.models.checkpoint_files import open_checkpoint, write_checkpoint
+from proxsparse.models.files import check_room, is_full_disk, sync, sync_tree, write_text_whole
 from proxsparse.models.loading import (
     LoadedModel,
     save_model,
 )
-from proxsparse.models.masks import FILE, Masks, targets_of
+from proxsparse.models.masks import FILE, Masks, layer_report, targets_of
 from proxsparse.models.rewriting import FileTargets
+from proxsparse.models.targets import Targets
 
 FORMAT = "proxsparse-1"
+_RESUMABLE = ("checkpoints", "metrics.jsonl", MARKER)
 
 
 @contextlib.contextmanager
@@ -33,39 +49,172 @@ def output_directory(output: str | os.PathLike[str], *, resume: bool = False) ->
     """A directory to fill, which gets the name `output` only if the block succeeds.
 
     Raises:
-        ProxsparseError: `output` is there and not empty, or an unfinished run lies beside it.
+        ProxsparseError: `output` is taken or cannot be replaced, another run writes it now, an
+            unfinished run or something foreign lies beside it, or the disk is full.
     """
-    final = Path(output).expanduser().absolute()
-    partial = final.with_name(final.name + ".partial")
+    final = final_path(output)
+    partial = partial_path(final)
+    distributed.check_joined(f"writing {output}")
     if not distributed.is_main():
         distributed.barrier()
         yield partial
         return
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ProxsparseError(
-            f"{output} exists and is not empty: choose another --output or remove it first"
-        )
-    if not resume and checkpoints_in(partial / "checkpoints"):
-        raise ProxsparseError(
-            f"an unfinished run lies in {partial}: continue it with --resume, or remove it"
-        )
+    check_output(output, resume=resume)
+    with _only_writer(final):
+        if (final / MARKER).is_file():
+            _tidy(final)
+        check_output(output, resume=resume)  # the last writer may have finished just now
+        found = _prepare(partial, resume)
+        distributed.barrier()
+        try:
+            yield partial
+            sync_tree(partial)
+        except BaseException as error:
+            keep = worth_keeping(partial) or found
+            if not keep:
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, Exception) and is_full_disk(error):
+                raise _full_disk(error, final, worth_keeping(partial)) from error
+            raise
+        _publish(partial, final)
+
+
+@contextlib.contextmanager
+def _only_writer(final: Path) -> Iterator[None]:
+    """Within the context no other run writes `final`.
+
+    Raises:
+        ProxsparseError: one does already, or the directory above cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = partial_path(final).with_suffix(".partial.lock")
+    lock = FileLock(path, blocking=False)
     try:
-        if partial.exists() and not resume:
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        marker = read_marker(partial_path(final))
+        who = f" (process {marker.pid} on {marker.host})" if marker.pid else ""
+        raise ProxsparseError(
+            f"another run{who} is writing {final} now: wait for it, or choose another --output"
+        ) from error
     except OSError as error:
-        raise ProxsparseError(f"the output directory {output} cannot be made: {error}") from error
-    distributed.barrier()
+        raise ProxsparseError(f"the output directory {final} cannot be made: {error}") from error
     try:
-        yield partial
-    except BaseException:
-        if not checkpoints_in(partial / "checkpoints"):
+        yield
+    finally:
+        # Removed while it is held; one who opened it before finds that it has no name any more.
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == 0:
+                path.unlink()
+        lock.release()
+
+
+def _prepare(partial: Path, resume: bool) -> bool:
+    """Make the partial directory, or take it over; whether there was one to resume from."""
+    found = resume and partial.is_dir()
+    try:
+        if found:  # what an earlier attempt has written of the result is written anew
+            for path in partial.iterdir():
+                if path.name not in _RESUMABLE:
+                    _remove(path)
+        elif partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        _mark(partial, finished=False, host=socket.gethostname(), pid=os.getpid())
+    except OSError as error:
+        if not found:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-    if final.is_dir():
-        final.rmdir()
-    os.replace(partial, final)
+        raise ProxsparseError(f"the output directory {partial} cannot be made: {error}") from error
+    return found
+
+
+def claim(partial: Path, identity: str) -> None:
+    """Say which job the files in `partial` belong to.
+
+    Args:
+        partial: from `output_directory`.
+        identity: hash of model, text and settings.
+
+    Raises:
+        ProxsparseError: they belong to another one.
+    """
+    if read_marker(partial).identity not in ("", identity):
+        raise ProxsparseError(
+            f"{partial} was written by a run with another model, text or settings: resume with the "
+            "same ones, or start anew without --resume and with another --output"
+        )
+    distributed.barrier()
+    if distributed.is_main():
+        _mark(partial, identity=identity)
+
+
+def _mark(partial: Path, **changes: Any) -> None:
+    marker = read_marker(partial).model_copy(update=changes)
+    write_text_whole(partial / MARKER, marker.model_dump_json(indent=2) + "\n")
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Give a finished directory its name, then remove what only the run needed.
+
+    Raises:
+        ProxsparseError: something has taken the name meanwhile; the result stays where it is.
+    """
+    try:
+        os.replace(partial, final)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            _mark(partial, finished=True)
+        raise ProxsparseError(
+            f"{final} was made by something else meanwhile ({error.strerror}): the finished result "
+            f"is {partial}; move {final} away and rename that"
+        ) from error
+    sync(final.parent)
+    _tidy(final)
+
+
+def _tidy(final: Path) -> None:
+    """Remove checkpoints and marker of a finished run; the marker last, so that it can go on."""
+    shutil.rmtree(final / "checkpoints", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (final / MARKER).unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _full_disk(error: Exception, final: Path, resumable: bool) -> ProxsparseError:
+    if isinstance(error, ProxsparseError) and "make room" in str(error):
+        return error
+    reason = " ".join(str(error).split())[:300]
+    how = "continue with --resume" if resumable else "run it again"
+    return ProxsparseError(
+        f"{final} could not be written ({reason}): make room, then {how}, or choose another "
+        "--output"
+    )
+
+
+def check_output_fits(partial: Path, model: nn.Module, targets: Targets | None = None) -> None:
+    """Refuse a disk that cannot hold the result.
+
+    Args:
+        partial: where it will be written.
+        model: in the dtypes that are saved; may be on the meta device.
+        targets: whose masks are saved as well.
+
+    Raises:
+        ProxsparseError: names what is needed and what is free.
+    """
+    tensors = {id(p): p for p in model.parameters()}.values()
+    needed = sum(p.numel() * p.element_size() for p in tensors)
+    needed += sum(t.parameter.numel() for t in targets.layers) // 8 if targets else 0
+    if distributed.is_main():
+        check_room(partial, needed, "the result")
 
 
 def versions() -> dict[str, str]:
@@ -96,6 +245,54 @@ def mask_metadata(
     }
 
 
+def pruned_report(
+    recipe: Mapping[str, Any],
+    base: LoadedModel,
+    fingerprint: str,
+    targets: Targets,
+    masks: Masks,
+    **fields: Any,
+) -> dict[str, Any]:
+    """What `proxsparse.json` says of a model that is about to be pruned.
+
+    Args:
+        recipe: the settings that the masks were made with.
+        base: the model, its weights still whole.
+        fingerprint: of its weights, see `model_fingerprint`.
+        targets: what is pruned.
+        masks: how.
+        **fields: what this job alone has to say.
+    """
+    return {
+        "format": FORMAT,
+        "storage": "dense",
+        "recipe": dict(recipe),
+        "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
+        "versions": versions(),
+        **fields,
+        "layers": layer_report(targets, masks),
+        "left_dense": dict(targets.left_dense),
+    }
+
+
+def stored_report(before: Mapping[str, Any] | None, storage: str, **fields: Any) -> dict[str, Any]:
+    """What `proxsparse.json` says of a model that is stored in another way than before.
+
+    Args:
+        before: the report beside the model it was made from, if there is one.
+        storage: "dense" or "packed".
+        **fields: what is to be said of it.
+    """
+    before = before or {"format": FORMAT, "storage": storage, "versions": versions()}
+    kept = {key: value for key, value in before.items() if key != "packed"}
+    return {**kept, "storage": storage, **fields}
+
+
+def write_report(directory: Path, report: Mapping[str, Any]) -> None:
+    """Write `proxsparse.json`."""
+    write_text_whole(directory / "proxsparse.json", json.dumps(report, indent=2) + "\n")
+
+
 def write_result(
     directory: Path,
     base: LoadedModel,
@@ -114,15 +311,9 @@ def write_result(
         files = open_checkpoint(base.id, base.revision)
         places = FileTargets(base.model, targets_of(base.model, masks), files)
         write_checkpoint(files, directory, places.masking(masks))
-    try:
-        masks.save(directory / FILE)
-        text = json.dumps(report, indent=2) + "\n"
-        (directory / "proxsparse.json").write_text(text, encoding="utf-8")
-        if history:
-            from proxsparse.jobs.plots import plot_training
+    masks.save(directory / FILE)
+    if history:
+        from proxsparse.jobs.plots import plot_training
 
-            plot_training(history, directory / "training.png")
-    except OSError as error:
-        raise ProxsparseError(
-            f"the results could not be written to {directory}: {error}"
-        ) from error
+        plot_training(history, directory / "training.png")
+    write_report(directory, report)

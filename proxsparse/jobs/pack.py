@@ -7,7 +7,6 @@ sparse model. Everything else in the directory is as `prune` wrote it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +19,23 @@ from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.sparse_linear import sparse_layers
 from proxsparse.inference.sparsify import densify_, sparsify_
-from proxsparse.jobs.output import FORMAT, output_directory, versions
+from proxsparse.jobs.output import (
+    check_output_fits,
+    output_directory,
+    stored_report,
+    write_report,
+)
 from proxsparse.models.checkpoint_files import (
     in_file,
     open_checkpoint,
     read_tensor,
     write_checkpoint,
 )
+from proxsparse.models.forms import read_report
 from proxsparse.models.loading import LoadedModel, load_model, state_bytes
 
 Change = Callable[[str, Tensor], dict[str, Tensor]]
 _NOTHING = torch.empty(0)  # stands for a tensor of which only the name matters
-
-_REPORT = "proxsparse.json"
 
 
 def pack(
@@ -79,7 +82,7 @@ def pack(
             "checkpoint_bytes": [before, state_bytes(loaded.model)],
         }
         entry = loaded.model.config.quantization_config.to_dict()
-        _write(loaded, partial, {"storage": "packed", "packed": result}, _packing(loaded), entry)
+        _write(loaded, partial, _packing(loaded), entry, "packed", packed=result)
     return result
 
 
@@ -103,7 +106,7 @@ def unpack(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> dic
         names = densify_(loaded.model)
         if not names:
             raise ProxsparseError(f"{model} is not packed: its layers are dense already")
-        _write(loaded, partial, {"storage": "dense"}, change)
+        _write(loaded, partial, change, None, "dense")
     return {"layers": list(names), "checkpoint_bytes": [before, state_bytes(loaded.model)]}
 
 
@@ -170,22 +173,13 @@ def _unpacking(loaded: LoadedModel) -> Change:
 def _write(
     loaded: LoadedModel,
     directory: Path,
-    changes: dict[str, Any],
     change: Change,
-    entry: dict[str, Any] | None = None,
+    entry: dict[str, Any] | None,
+    storage: str,
+    **fields: Any,
 ) -> None:
     """Write the checkpoint with its tensors changed, and the report that lay beside it."""
     files = open_checkpoint(loaded.id, loaded.revision)
-    source = files.directory
-    report: dict[str, Any] = {"format": FORMAT, "storage": "", "versions": versions()}
-    if (source / _REPORT).is_file():
-        report = json.loads((source / _REPORT).read_text(encoding="utf-8"))
-    report.pop("packed", None)
-    try:
-        text = json.dumps({**report, **changes}, indent=2) + "\n"
-        (directory / _REPORT).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ProxsparseError(
-            f"the results could not be written to {directory}: {error}"
-        ) from error
+    check_output_fits(directory, loaded.model)
+    write_report(directory, stored_report(read_report(files.directory), storage, **fields))
     write_checkpoint(files, directory, change, quantization_config=entry, with_ours=True)

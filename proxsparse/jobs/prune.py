@@ -22,11 +22,20 @@ from torch import nn
 from proxsparse.config import replace
 from proxsparse.data.calibration import Calibration, load_calibration
 from proxsparse.errors import ProxsparseError
-from proxsparse.jobs.output import FORMAT, mask_metadata, output_directory, versions, write_result
+from proxsparse.jobs.checks import check_model, check_output
+from proxsparse.jobs.output import (
+    check_output_fits,
+    claim,
+    mask_metadata,
+    output_directory,
+    pruned_report,
+    write_result,
+)
 from proxsparse.jobs.recipe import Recipe, make_recipe
 from proxsparse.learning import distributed
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
+from proxsparse.learning.launcher import require_one_process
 from proxsparse.learning.memory import choose_memory
 from proxsparse.models.checkpoint_files import open_checkpoint
 from proxsparse.models.loading import (
@@ -37,7 +46,7 @@ from proxsparse.models.loading import (
     load_model,
     resolve_device,
 )
-from proxsparse.models.masks import Masks, apply_masks_, layer_report, model_fingerprint, targets_of
+from proxsparse.models.masks import Masks, apply_masks_, model_fingerprint, targets_of
 from proxsparse.models.precision import computing_in, resolve_dtype
 from proxsparse.models.rewriting import FileTargets
 from proxsparse.models.targets import Targets, find_targets
@@ -133,18 +142,19 @@ def prune(
         settings["calibration"] = os.fspath(calibration)
         calibration = None
     recipe = make_recipe(method, preset, **settings)
+    if not recipe.method.learned:
+        require_one_process(f"method {recipe.method.name}")
+    check_model(model)
+    check_output(output, resume=resume)
     device = distributed.own_device(resolve_device(recipe.run.device))
     several = distributed.world_size() > 1
-    if several and not recipe.method.learned:
-        raise ProxsparseError(
-            f"method {recipe.method.name} runs in one process: start it without torchrun"
-        )
     with distributed.joined(device), output_directory(output, resume=resume) as partial:
         began = time.perf_counter()
         skeleton = build_model(model, torch.device("meta"))
         skeleton_targets = find_targets(skeleton, recipe.targets)
         recipe = recipe.for_model(skeleton, distributed.world_size())
         recipe = settle_memory(recipe, skeleton, skeleton_targets, device)
+        check_output_fits(partial, skeleton, skeleton_targets)
         # Of several processes each reads the whole model and keeps its rows of it on the device.
         home = torch.device("cpu") if several else device
         base = _load_base(model, recipe, home)
@@ -156,9 +166,9 @@ def prune(
         source = recipe.calibration.calibration if calibration is None else calibration
         data = load_data(source, base.tokenizer, recipe, base.model)
         fingerprint = model_fingerprint(targets)
-        checkpoints = Checkpoints(
-            partial / "checkpoints", recipe.key(fingerprint, data.fingerprint if data else "")
-        )
+        identity = recipe.key(fingerprint, data.fingerprint if data else "")
+        claim(partial, identity)
+        checkpoints = Checkpoints(partial / "checkpoints", identity)
         metrics = partial / "metrics.jsonl" if distributed.is_main() else None
         if several:
             shard(base.model, targets, recipe, device)
@@ -169,20 +179,17 @@ def prune(
             base = _load_base(model, recipe, home)
             targets = find_targets(base.model, recipe.targets)
         masks.metadata.update(mask_metadata(recipe, fingerprint, base.id, base.revision))
-        layers = layer_report(targets, masks)
+        report = pruned_report(
+            recipe.as_dict(),
+            base,
+            fingerprint,
+            targets,
+            masks,
+            data=_data_report(data),
+            weights_updated=recipe.method.updates_weights(recipe.options),
+            seconds=round(time.perf_counter() - began, 2),
+        )
         apply_masks_(base.model, masks)
-        report = {
-            "format": FORMAT,
-            "storage": "dense",
-            "recipe": recipe.as_dict(),
-            "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
-            "data": _data_report(data),
-            "versions": versions(),
-            "weights_updated": recipe.method.updates_weights(recipe.options),
-            "seconds": round(time.perf_counter() - began, 2),
-            "layers": layers,
-            "left_dense": dict(targets.left_dense),
-        }
         write_result(partial, base, masks, report, history)
     return PruneResult(masks, report, history)
 
@@ -220,19 +227,17 @@ def apply(
                 f"{mask} was made for {masks.metadata.get('base_id')} with weights {expected}, but "
                 f"{model} has {fingerprint}: use that model, or --force to insist"
             )
-        layers = layer_report(targets, masks)
+        report = pruned_report(
+            json.loads(masks.metadata.get("recipe", "{}")),
+            base,
+            fingerprint,
+            targets,
+            masks,
+            weights_updated=False,
+            mask_from_updated_weights=masks.metadata.get("weights_updated") == "true",
+        )
+        check_output_fits(partial, base.model, targets)
         apply_masks_(base.model, masks)
-        report = {
-            "format": FORMAT,
-            "storage": "dense",
-            "recipe": json.loads(masks.metadata.get("recipe", "{}")),
-            "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
-            "versions": versions(),
-            "weights_updated": False,
-            "mask_from_updated_weights": masks.metadata.get("weights_updated") == "true",
-            "layers": layers,
-            "left_dense": dict(targets.left_dense),
-        }
         write_result(partial, base, masks, report, [])
     return PruneResult(masks, report, [])
 

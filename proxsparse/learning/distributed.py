@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,22 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from proxsparse.errors import ProcessLost, ProxsparseError
+from proxsparse.learning.launcher import check_meeting_point, require_one_process
+from proxsparse.learning.launcher import is_main as is_main
+from proxsparse.learning.launcher import rank as rank
+from proxsparse.learning.launcher import world_size as world_size
 from proxsparse.models.targets import Targets
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
-
-
-def world_size() -> int:
-    """How many processes a launcher has started for this job; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process reports and writes files."""
-    return rank() == 0
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -52,14 +40,23 @@ def joined(device: torch.device) -> Iterator[None]:
     """Within the context the processes of the job can talk.
 
     Raises:
+        ProxsparseError: the processes cannot find each other.
         ProcessLost: another process ended, so the job cannot go on.
     """
     if world_size() == 1:
         yield
         return
+    check_meeting_point()
+    rank()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise ProxsparseError(
+            f"the {world_size()} processes of this job cannot find each other "
+            f"({str(error).splitlines()[0]}): start them with torchrun"
+        ) from error
     try:
         yield
     except RuntimeError as error:
@@ -121,12 +118,16 @@ def reshard(model: nn.Module) -> None:
         model.reshard()  # type: ignore[operator]
 
 
+def own_range(num_rows: int) -> tuple[int, int]:
+    """The rows, from the first to before the second, that this process has of so many."""
+    each = -(-num_rows // world_size())
+    return min(rank() * each, num_rows), min((rank() + 1) * each, num_rows)
+
+
 def own_rows(x: Tensor) -> Tensor:
     """This process's part of a tensor that all have whole, split along the first dimension."""
-    if world_size() == 1:
-        return x
-    parts = x.chunk(world_size())
-    return parts[rank()] if rank() < len(parts) else x[:0]
+    start, stop = own_range(x.shape[0])
+    return x[start:stop]
 
 
 def all_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -145,40 +146,27 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def check_joined(what: str) -> None:
+    """Refuse to do what several processes can only do within `joined`.
+
+    Raises:
+        ProxsparseError: a launcher has started several, and they do not work together here.
+    """
+    if world_size() > 1 and not dist.is_initialized():
+        require_one_process(what)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process; `device` is where the processes exchange tensors."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_processes(torch.tensor(int(flag), device=device)).item())
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
         dist.barrier()
-
-
-def save_sharded(tensors: Mapping[str, Tensor], rows: Mapping[str, int], path: Path) -> None:
-    """Write states by torch.distributed.checkpoint, each process its own part.
-
-    Args:
-        tensors: this process's parts. Those of two or more dimensions are split by rows, the others
-            the same everywhere.
-        rows: the rows of each split tensor over all processes.
-        path: directory to write.
-    """
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    save(_sharded(tensors, rows), checkpoint_id=str(path))
-
-
-def load_sharded_(tensors: Mapping[str, Tensor], rows: Mapping[str, int], path: Path) -> None:
-    """Fill `tensors` from what any number of processes wrote with `save_sharded`."""
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    load(_sharded(tensors, rows), checkpoint_id=str(path))
-
-
-def _sharded(tensors: Mapping[str, Tensor], rows: Mapping[str, int]) -> dict[str, Any]:
-    if world_size() == 1:
-        return dict(tensors)
-    return {
-        name: _as_sharded(x, (rows[name], *x.shape[1:])) if x.dim() >= 2 else x
-        for name, x in tensors.items()
-    }
 
 
 def _as_sharded(x: Tensor, shape: tuple[int, ...]) -> Any:

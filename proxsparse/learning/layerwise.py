@@ -9,6 +9,8 @@ the arguments its own model gives it, and only one block's statistics exist at a
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,21 +18,65 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from proxsparse.errors import ProxsparseError
 from proxsparse.models.forward import replacing_forward
 from proxsparse.models.observe import observe_inputs
 from proxsparse.models.precision import autocast, eval_mode
 from proxsparse.models.targets import Target, Targets
 
+_log = logging.getLogger(__name__)
 
-class InputNorm:
+
+class Statistic:
+    """What is gathered of a layer's inputs.
+
+    Attributes:
+        sum: running sum over tokens; of experts, with a leading dimension.
+        tokens: how many each expert, or the layer, has seen; 1-D, one element for a plain layer.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_experts: int, device: torch.device) -> None:
+        self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.tokens = [0] * num_experts
+
+    def check(self, name: str) -> None:
+        """Refuse to choose by inputs that say nothing.
+
+        Raises:
+            ProxsparseError: there were none, or some are NaN, infinite or too large to square.
+        """
+        if not any(self.tokens):
+            raise ProxsparseError(
+                f"{name} saw no input from the calibration text, so nothing can be said about it: "
+                "leave it dense with --ignore, or use --method magnitude"
+            )
+        if not torch.isfinite(self.sum).all():
+            raise ProxsparseError(
+                f"the inputs of {name} are NaN, infinite or too large to square in float32: the "
+                "model overflows on this text; try --dtype float32, or leave the layer dense with "
+                "--ignore"
+            )
+        unseen = self.tokens.count(0)
+        if unseen:
+            _log.warning(
+                "%s: %d of %d experts saw no token and are pruned by magnitude; more calibration "
+                "text may reach them",
+                name,
+                unseen,
+                len(self.tokens),
+            )
+
+
+class InputNorm(Statistic):
     """Running sum of squares of each input feature; [K], or [E, K] for experts."""
 
     def __init__(self, target: Target, device: torch.device) -> None:
         *experts, _, k = target.shape
-        self.sum = torch.zeros(*experts, k, dtype=torch.float32, device=device)
+        super().__init__((*experts, k), math.prod(experts), device)
 
     def add(self, expert: int | None, x: Tensor) -> None:
         """Count inputs x [tokens, K] of one expert (None for a plain layer)."""
+        self.tokens[expert or 0] += x.shape[0]
         total = self.sum if expert is None else self.sum[expert]
         total += x.float().square().sum(0)
 
@@ -44,15 +90,16 @@ class InputNorm:
         return torch.where(mean > 0, norm / mean, 1.0).clamp_min(1e-3)
 
 
-class Gram:
+class Gram(Statistic):
     """Running X^T X of a layer's inputs; [K, K], or [E, K, K] for experts."""
 
     def __init__(self, target: Target, device: torch.device) -> None:
         *experts, _, k = target.shape
-        self.sum = torch.zeros(*experts, k, k, dtype=torch.float32, device=device)
+        super().__init__((*experts, k, k), math.prod(experts), device)
 
     def add(self, expert: int | None, x: Tensor) -> None:
         """Count inputs x [tokens, K] of one expert (None for a plain layer)."""
+        self.tokens[expert or 0] += x.shape[0]
         total = self.sum if expert is None else self.sum[expert]
         x = x.float()
         total.addmm_(x.T, x)
@@ -60,7 +107,11 @@ class Gram:
 
 @torch.no_grad()
 def collect_input_norms(model: nn.Module, targets: Targets, tokens: Tensor) -> dict[str, Tensor]:
-    """Each target's `InputNorm.norm()` in the model as it is, in one pass over tokens [S, L]."""
+    """Each target's `InputNorm.norm()` in the model as it is, in one pass over tokens [S, L].
+
+    Raises:
+        ProxsparseError: a target saw no input, or one that is not finite.
+    """
     device = next(model.parameters()).device
     norms = {t.name: InputNorm(t, device) for t in targets.layers}
     with (
@@ -70,6 +121,8 @@ def collect_input_norms(model: nn.Module, targets: Targets, tokens: Tensor) -> d
         for batch in tqdm(_batches(tokens), desc="activations", disable=None, leave=False):
             with autocast(model):
                 model(input_ids=batch.to(device), use_cache=False)
+    for name, norm in norms.items():
+        norm.check(name)
     return {name: norm.norm() for name, norm in norms.items()}
 
 
@@ -89,6 +142,9 @@ def prune_block_by_block(
         tokens: int64 [S, L] calibration blocks.
         statistic: what to gather of each target's inputs.
         prune: receives the target and its filled statistic; free to release it.
+
+    Raises:
+        ProxsparseError: a target saw no input, or one that is not finite.
     """
     device = next(model.parameters()).device
     batches = _batches(tokens)
@@ -114,6 +170,7 @@ def prune_block_by_block(
             ):
                 model(input_ids=batch.to(device), use_cache=False)
         for target in layers:
+            statistics[target.name].check(target.name)
             prune(target, statistics.pop(target.name))
 
 

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -44,6 +45,7 @@ from proxsparse.learning.memory import memory_gb
 from proxsparse.learning.rule import Rule, State, StepScalars
 from proxsparse.learning.step_graph import Step, as_graph
 from proxsparse.learning.streaming import consuming_gradients, recomputing, weights_on_demand
+from proxsparse.models.files import explaining_full_disk, write_text_whole
 from proxsparse.models.masks import Masks
 from proxsparse.models.precision import eval_mode
 from proxsparse.models.targets import Target, Targets
@@ -68,6 +70,9 @@ def learn(job: Job, rule: Rule) -> Masks:
     states = {t.name: rule.start(t, w0[t.name]) for t in layers}
     rows = {f"{t.name}/{key}": t.shape[0] for t in layers for key in states[t.name]}
     done = _restore(job, states, rows)
+    if job.checkpoints is not None and job.learn.checkpoint_every:
+        left = (job.learn.steps - 1) // job.learn.checkpoint_every
+        job.checkpoints.check_room(_flatten(states), left - done // job.learn.checkpoint_every)
     run = _Run(job, rule, w0, states)
     try:
         with (
@@ -76,7 +81,7 @@ def learn(job: Job, rule: Rule) -> Masks:
             run.current_weights(),
             _stop_requests() as stop,
         ):
-            _loop(run, done, stop, rows)
+            _loop(run, done, stop)
         masks = Masks()
         for t in layers:
             masks.add(t, distributed.all_rows(ops.mask_2to4(run.weight(t)), t.shape))
@@ -230,7 +235,7 @@ class _Run:
         return distributed.sum_over_processes(torch.stack(counts).sum(0))
 
 
-def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> None:
+def _loop(run: _Run, done: int, stop: threading.Event) -> None:
     job, config = run.job, run.job.learn
     device, world = next(job.model.parameters()).device, distributed.world_size()
     batch_size = config.batch_size
@@ -269,7 +274,7 @@ def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> 
             # Processes stop together, so they ask each other only when they talk anyway.
             stopping = stop.is_set() and world == 1
             if len(losses) == _METRICS_EVERY or finished or save or stopping:
-                stopping = _any(stop.is_set(), device)
+                stopping = distributed.any_process(stop.is_set(), device)
                 counts = run.count()  # queued before the loss is waited for
                 record = {"step": t + 1, "loss": _finite_mean(job, losses, t + 1), "lr": lr}
                 good, flipped = counts.tolist()
@@ -283,7 +288,7 @@ def _loop(run: _Run, done: int, stop: threading.Event, rows: dict[str, int]) -> 
                 _report(job, record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", at_2to4=f"{record['share_2to4']:.1%}")
             if not finished and (save or stopping) and job.checkpoints is not None:
-                job.checkpoints.save(t + 1, _flatten(run.states), rows)
+                job.checkpoints.save(t + 1, _flatten(run.states))
             if stopping and not finished:
                 if job.checkpoints is None:
                     raise Interrupted(
@@ -307,7 +312,10 @@ def _launched_whole(job: Job, step: Step) -> contextlib.AbstractContextManager[S
 def _report(job: Job, record: dict[str, float]) -> None:
     job.history.append(record)
     if job.metrics is not None:
-        with open(job.metrics, "a", encoding="utf-8") as file:
+        with (
+            explaining_full_disk(job.metrics, "make room, then continue with --resume"),
+            open(job.metrics, "a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(record) + "\n")
     if job.track is not None:
         job.track(record)
@@ -331,13 +339,6 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     """All elements in one dimension, 1-D; a single contiguous tensor is not copied."""
     flat = [x.flatten() for x in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def _any(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
-    if distributed.world_size() == 1:
-        return flag
-    return bool(distributed.sum_over_processes(torch.tensor(int(flag), device=device)).item())
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
@@ -414,13 +415,24 @@ def _restore(job: Job, states: dict[str, State], rows: dict[str, int]) -> int:
     """Copy the latest checkpoint into `states`; returns the steps it had done."""
     if not job.resume or job.checkpoints is None:
         return 0
-    done = job.checkpoints.restore_(_flatten(states), rows)
-    if done and job.metrics is not None and job.metrics.exists():
-        records = [json.loads(line) for line in job.metrics.read_text("utf-8").splitlines()]
-        job.history.extend(record for record in records if record["step"] <= done)
-        lines = "".join(json.dumps(record) + "\n" for record in job.history)
-        job.metrics.write_text(lines, "utf-8")
+    done = job.checkpoints.restore_(_flatten(states), rows, job.learn.steps)
+    if job.metrics is not None and job.metrics.exists():
+        job.history.extend(_records(job.metrics, done))
+        write_text_whole(job.metrics, "".join(json.dumps(r) + "\n" for r in job.history))
     return done
+
+
+def _records(path: Path, done: int) -> Iterator[dict[str, float]]:
+    """The records of a killed run up to its last checkpoint; a torn line is the end of them."""
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, TypeError, KeyError):
+            return
+        if not isinstance(step, int) or step > done:
+            return
+        yield record
 
 
 @contextlib.contextmanager

@@ -1,45 +1,58 @@
-"""The methods, by name. To add one, see "Add a method" in CONTRIBUTING.md."""
+"""The methods, by name. To add one, see "Add a method" in CONTRIBUTING.md.
+
+The module of a method is imported when the method runs, so that its settings can be checked before
+torch is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from proxsparse.config import METHOD_OPTIONS
 from proxsparse.errors import ProxsparseError
-from proxsparse.learning.job import Job
-from proxsparse.methods.gates import MEMORY as gates_memory
-from proxsparse.methods.gates import gates
-from proxsparse.methods.magnitude import magnitude
-from proxsparse.methods.proxsparse import MEMORY as proxsparse_memory
-from proxsparse.methods.proxsparse import proxsparse
-from proxsparse.methods.sparsegpt import sparsegpt
-from proxsparse.methods.wanda import wanda
-from proxsparse.models.masks import Masks
+
+if TYPE_CHECKING:
+    from proxsparse.learning.job import Job
+    from proxsparse.models.masks import Masks
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose masks.
+    """A way to choose masks: the function `name` of the module `methods.name`.
 
     Attributes:
         name: what users call it.
         summary: one line for --help.
-        run: from a `Job` to `Masks`. The kept weights are the originals when it returns, except for
-            methods that say otherwise in `updates_weights`.
         learned: whether it runs the optimiser loop (and takes `LearnConfig`).
         needs_data: whether it looks at calibration text (and takes `CalibrationConfig`).
-        memory: of a learned method, the values of --memory it knows, the fastest first, and the
-            bytes it keeps in each per pruned weight beside the parameter.
     """
 
     name: str
     summary: str
-    run: Callable[[Job], Masks]
     learned: bool = False
     needs_data: bool = True
-    memory: Mapping[str, float] = field(default_factory=dict)
+
+    def run(self, job: Job) -> Masks:
+        """The masks of a job.
+
+        The kept weights are the originals when it returns, except for methods that say otherwise in
+        `updates_weights`.
+        """
+        return cast("Masks", getattr(self._module(), self.name)(job))
+
+    @property
+    def memory(self) -> Mapping[str, float]:
+        """Of a learned method: values of --memory, the fastest first, to bytes per pruned weight.
+
+        The bytes are those that it keeps beside the parameter; the module calls them MEMORY.
+        """
+        return cast("Mapping[str, float]", getattr(self._module(), "MEMORY", {}))
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"{__name__}.{self.name}")
 
     @property
     def config(self) -> type[Any]:
@@ -54,23 +67,11 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method(
-            "gates",
-            "gates on frozen weights; no setting (default)",
-            gates,
-            learned=True,
-            memory=gates_memory,
-        ),
-        Method(
-            "proxsparse",
-            "the paper: AdamW and the prox on weights",
-            proxsparse,
-            learned=True,
-            memory=proxsparse_memory,
-        ),
-        Method("sparsegpt", "layer by layer, updates the kept weights", sparsegpt),
-        Method("wanda", "layer by layer, |weight| x activation norm", wanda),
-        Method("magnitude", "largest weights; needs no data", magnitude, needs_data=False),
+        Method("gates", "gates on frozen weights; no setting (default)", learned=True),
+        Method("proxsparse", "the paper: AdamW and the prox on weights", learned=True),
+        Method("sparsegpt", "layer by layer, updates the kept weights"),
+        Method("wanda", "layer by layer, |weight| x activation norm"),
+        Method("magnitude", "largest weights; needs no data", needs_data=False),
     )
 }
 

@@ -56,6 +56,8 @@ def _prune_matrix(w: Tensor, gram: Tensor, dampening: float, name: str) -> tuple
     work = w.float()
     columns = work.shape[1]
     dead = gram.diagonal() == 0  # inputs that are always zero: their weights do nothing
+    if dead.all():  # an expert that no token reached: what it would do is not known, so keep it
+        return ops.project_2to4(w), ops.mask_2to4(w)
     gram = gram + torch.diag(dead.to(gram.dtype))
     work = torch.where(dead, 0.0, work)
     gram.diagonal().add_(dampening * gram.diagonal().mean())

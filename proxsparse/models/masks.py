@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,13 +23,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from proxsparse import ops
-from proxsparse.config import TargetConfig
 from proxsparse.errors import ProxsparseError
+from proxsparse.models.forms import MaskHeader, checked
 from proxsparse.models.offload import in_memory
 from proxsparse.models.targets import (
     Target,
     Targets,
-    check_causal_lm,
     check_in_memory,
     find_targets,
 )
@@ -85,7 +85,7 @@ class Masks(Mapping[str, Tensor]):
         """
         from safetensors import SafetensorError, safe_open
 
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.is_dir():
             path = mask_file(path) or path / FILE
         if not path.is_file():
@@ -99,9 +99,18 @@ class Masks(Mapping[str, Tensor]):
                 f"{path} cannot be read as safetensors ({error}): it is truncated or another kind "
                 "of file; write it again with proxsparse prune"
             ) from error
-        if metadata.pop("format", None) != FORMAT:
+        if metadata.get("format") != FORMAT:
             raise ProxsparseError(f"{path} is a safetensors file, but holds no proxsparse masks")
-        shapes = {k: tuple(v) for k, v in json.loads(metadata.pop("shapes")).items()}
+        header = checked(MaskHeader, metadata, f"the metadata of {path}")
+        shapes = {name: tuple(shape) for name, shape in header.shapes.items()}
+        if shapes.keys() - codes.keys():
+            odd = min(shapes.keys() - codes.keys())
+            raise ProxsparseError(
+                f"{path} has a shape of {odd!r} but no codes: it is damaged; write it again with "
+                "proxsparse prune"
+            )
+        for known in ("format", "shapes"):
+            del metadata[known]
         masks = cls(codes, shapes, metadata)
         for name in codes:
             masks._check(name, path)
@@ -109,7 +118,7 @@ class Masks(Mapping[str, Tensor]):
 
     def _check(self, name: str, path: Path) -> None:
         codes, shape = self.codes[name], self.shapes.get(name)
-        groups = _numel(shape) // 4 if shape else -1
+        groups = math.prod(shape) // 4 if shape and shape[-1] % 4 == 0 else -1
         if codes.dtype != torch.uint8 or list(codes.shape) != [(groups + 1) // 2]:
             raise ProxsparseError(
                 f"{path}: {name} has {codes.numel()} bytes of codes, which is not its shape {shape}"
@@ -177,10 +186,9 @@ def targets_of(model: nn.Module, masks: Masks) -> Targets:
         ProxsparseError: no plain causal LM, or a mask names a layer that the model lacks, or has
             another shape.
     """
-    check_causal_lm(model)
-    named = tuple(name.removesuffix(".weight") for name in masks)
+    # What a file calls a layer is its name, whatever pattern or class it reads like.
     try:
-        everything = find_targets(model, TargetConfig(targets=named))
+        everything = find_targets(model, names=frozenset(masks))
     except ProxsparseError as error:
         raise ProxsparseError(f"the masks were made for another model: {error}") from error
     by_name = {t.parameter_name: t for t in everything.layers}

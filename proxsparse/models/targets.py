@@ -130,7 +130,12 @@ class _Found:
     by_default: str = ""
 
 
-def find_targets(model: nn.Module, config: TargetConfig | None = None) -> Targets:
+def find_targets(
+    model: nn.Module,
+    config: TargetConfig | None = None,
+    *,
+    names: frozenset[str] | None = None,
+) -> Targets:
     r"""The weights of `model` that are pruned under `config`. Reads shapes only, so meta will do.
 
     A pattern in `config.targets` or `config.ignore` is one of
@@ -143,6 +148,12 @@ def find_targets(model: nn.Module, config: TargetConfig | None = None) -> Target
     The lm_head and the routers of mixtures of experts are left dense unless `targets` has their
     name; a class name or a regular expression does not take them.
 
+    Args:
+        model: a causal LM.
+        config: which weights to take.
+        names: the parameter names of the weights to take, in place of `config`. They are compared
+            as they are, so names from a file cannot be patterns.
+
     Raises:
         ProxsparseError: not a causal LM; quantised; no decoder blocks; a weight to prune has a
             dtype that cannot be pruned; a pattern is no valid regular expression, matches nothing,
@@ -152,11 +163,17 @@ def find_targets(model: nn.Module, config: TargetConfig | None = None) -> Target
     check_causal_lm(model)
     blocks = _find_blocks(model)
     found = _find_weights(model, blocks)
-    _check_patterns(found, config)
+    if names is None:
+        _check_patterns(found, config)
+    else:
+        _check_names(found, names, type(model).__name__)
 
     layers, left_dense = [], {}
     for item in found:
-        reason = _reason_to_leave(item, config)
+        if names is None:
+            reason = _reason_to_leave(item, config)
+        else:
+            reason = "" if item.target.parameter_name in names else "not among the names"
         if reason:
             left_dense[item.target.name] = reason
         else:
@@ -419,6 +436,14 @@ def _reason_to_leave(item: _Found, config: TargetConfig) -> str:
     if config.targets and not any(_matches(pattern, item.target) for pattern in config.targets):
         return "not matched by targets"
     return ""
+
+
+def _check_names(found: Sequence[_Found], names: frozenset[str], kind: str) -> None:
+    reasons = {item.target.parameter_name: item.never for item in found}
+    for name in sorted(names):
+        reason = reasons.get(name, "it has no such weight")
+        if reason:
+            raise ProxsparseError(f"{kind} has no weight {name!r} that can be pruned: {reason}")
 
 
 def _check_patterns(found: Sequence[_Found], config: TargetConfig) -> None:

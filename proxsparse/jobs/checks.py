@@ -1,0 +1,191 @@
+"""What can be refused at once: mistakes that need no model, found before torch is imported.
+
+The jobs make the same checks; the command line makes them first.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxsparse.errors import ProxsparseError
+from proxsparse.jobs.recipe import make_recipe
+from proxsparse.learning.launcher import require_one_process
+from proxsparse.models.files import looks_like_path, model_name, read_json
+
+if TYPE_CHECKING:
+    from proxsparse.models.forms import RunMarker
+
+# The name of an unfinished output, and of the file in it that says whose it is.
+PARTIAL = ".partial"
+MARKER = "proxsparse-run.json"
+
+
+def check_prune(
+    model: str,
+    output: str,
+    *,
+    method: str | None,
+    preset: str | None,
+    resume: bool,
+    **settings: Any,
+) -> None:
+    """Settings, model and output of a pruning job.
+
+    Raises:
+        ProxsparseError: bad settings, a path that leads nowhere, an output that cannot be made.
+    """
+    recipe = make_recipe(method, preset, **settings)
+    if not recipe.method.learned:
+        require_one_process(f"method {recipe.method.name}")
+    source = recipe.calibration.calibration
+    if recipe.method.needs_data and looks_like_path(source):
+        check_file(source, "calibration text", or_directory=True)
+    check_model(model)
+    check_output(output, resume=resume)
+
+
+def check_model(model: str | os.PathLike[str]) -> None:
+    """A model's name.
+
+    Raises:
+        ProxsparseError: it looks like a path, and no model lies there.
+    """
+    model_name(model)
+
+
+def check_file(path: str, what: str, *, or_directory: bool = False) -> None:
+    """A file that is read.
+
+    Raises:
+        ProxsparseError: it is not there.
+    """
+    found = Path(path).expanduser()
+    if not (found.is_file() or (or_directory and found.is_dir())):
+        raise ProxsparseError(f"there is no {what} {path}: give the path of an existing file")
+
+
+def check_output(output: str | os.PathLike[str], *, resume: bool = False) -> None:
+    """The place of a job's result; makes nothing.
+
+    Args:
+        output: the directory to create.
+        resume: whether an unfinished run of ours may lie beside it.
+
+    Raises:
+        ProxsparseError: it is taken, cannot be replaced or written, or something lies at
+            `OUTPUT.partial` that is not ours or would be lost.
+    """
+    final = final_path(output)
+    try:
+        _check_final(final, output)
+        _check_partial(partial_path(final), resume)
+    except OSError as error:
+        raise ProxsparseError(f"the output directory {output} cannot be made: {error}") from error
+
+
+def _check_final(final: Path, output: str | os.PathLike[str]) -> None:
+    if final.is_symlink():
+        raise ProxsparseError(
+            f"{output} is a link, which a result cannot replace: give the path that it leads to"
+        )
+    # With a marker it is a result of ours that was renamed, but not tidied up: see `output`.
+    taken = final.exists() and (not final.is_dir() or any(final.iterdir()))
+    if taken and not (final / MARKER).is_file():
+        raise ProxsparseError(
+            f"{output} exists and is not empty: choose another --output or remove it first"
+        )
+    if final.is_dir() and os.path.ismount(final):
+        raise ProxsparseError(
+            f"{output} is a mount point, which a result cannot replace: give a new name inside it"
+        )
+    check_writable(next(p for p in final.parents if p.exists()), output)
+
+
+def _check_partial(partial: Path, resume: bool) -> None:
+    if not (partial.exists() or partial.is_symlink()):
+        return
+    if not is_ours(partial):
+        raise ProxsparseError(
+            f"{partial} exists and is no unfinished run of this version of proxsparse: move it "
+            "away, or choose another --output"
+        )
+    if not resume and worth_keeping(partial):
+        raise ProxsparseError(
+            f"an unfinished run lies in {partial}: continue it with --resume, or remove it"
+        )
+
+
+def final_path(output: str | os.PathLike[str]) -> Path:
+    """The absolute path of a result.
+
+    Raises:
+        ProxsparseError: no path, or one without a name of its own.
+    """
+    try:
+        final = Path(os.path.abspath(Path(output).expanduser()))
+        os.stat(partial_path(final)) if final.name else None
+    except (FileNotFoundError, NotADirectoryError):  # the usual case, and one told better below
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ProxsparseError(
+            f"the output directory {os.fspath(output)!r} cannot be made: {error}"
+        ) from error
+    if not os.fspath(output) or not final.name:
+        raise ProxsparseError(
+            f"--output is {os.fspath(output)!r}: give the name of a new directory"
+        )
+    return final
+
+
+def partial_path(final: Path) -> Path:
+    """Where the result of `final` grows."""
+    return final.with_name(final.name + PARTIAL)
+
+
+def check_writable(parent: Path, output: str | os.PathLike[str]) -> None:
+    """The nearest directory that exists above an output.
+
+    Raises:
+        ProxsparseError: it is a file, or may not be written.
+    """
+    if not parent.is_dir():
+        raise ProxsparseError(
+            f"the output directory {output} cannot be made: {parent} is not a directory"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ProxsparseError(
+            f"the output directory {output} cannot be made: {parent} may not be written by this "
+            "user; choose another --output"
+        )
+
+
+def is_ours(partial: Path) -> bool:
+    """Whether a directory has the marker of a run, or nothing yet."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    if (partial / MARKER).is_file():
+        return True
+    # Killed between making the directory and naming the marker.
+    return {path.name for path in partial.iterdir()} <= {MARKER + ".tmp"}
+
+
+def worth_keeping(partial: Path) -> bool:
+    """Whether a directory of ours holds a checkpoint, or a result that only lacks its name."""
+    saved = (partial / "checkpoints").glob("step-*")
+    return any(path.suffix != ".tmp" for path in saved) or read_marker(partial).finished
+
+
+def read_marker(partial: Path) -> RunMarker:
+    """What the marker of a directory says; an empty one where there is none yet.
+
+    Raises:
+        ProxsparseError: it is damaged.
+    """
+    from proxsparse.models.forms import RunMarker, checked
+
+    path = partial / MARKER
+    if not path.is_file():
+        return RunMarker()
+    return checked(RunMarker, read_json(path), str(path))
