@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 from proxsparse.config import CalibrationConfig
-from proxsparse.data import corpus, self_sampling, tokenizing
+from proxsparse.data import corpus, self_sampling, tokenizing, windows
 from proxsparse.data.calibration import load_calibration
 from proxsparse.data.sources import read_text
 from proxsparse.data.tokenizing import to_blocks, tokenize_text
@@ -125,6 +126,57 @@ def test_long_text_gets_the_tokens_of_one_call(make: Callable[[], Tokenizer]) ->
     assert tokenize_text(text, wrapped).tolist() == whole
     num_pieces = len(tokenizing._pieces(text, wrapped))
     assert num_pieces == 1 if make is _across_words else num_pieces > 5
+
+
+def _base64(rng: random.Random) -> str:
+    return base64.b64encode(rng.randbytes(45_000)).decode()
+
+
+_WITHOUT_SPACES: dict[str, Callable[[random.Random], str]] = {
+    "base64": _base64,
+    "chinese with blank lines": lambda rng: "\n\n".join(["中文" * rng.randint(9, 90)] * 500),
+    "chinese with CRLF": lambda rng: "\r\n".join(["文中" * rng.randint(9, 90)] * 500),
+    "one letter": lambda rng: "a" * 60_001,
+    "digits": lambda rng: "".join(rng.choices("0123456789", k=60_000)),
+    "emoji": lambda rng: "".join(rng.choices("👩‍👧🇫🇷e\u0301", k=30_000)),
+    "spaces": lambda rng: " " * 60_000,
+    "minified": lambda rng: "".join(rng.choices("abc(){};=+", k=60_000)),
+}
+
+
+@pytest.mark.parametrize("make", [_byte_level, _sentencepiece, _across_words])
+@pytest.mark.parametrize("kind", _WITHOUT_SPACES)
+def test_text_without_spaces_is_tokenised_exactly_in_parts(
+    kind: str, make: Callable[[], Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW_CHARACTERS", 1 << 13)
+    monkeypatch.setattr(tokenizing, "WINDOW_CHARACTERS", 1 << 13)
+    monkeypatch.setattr(tokenizing, "_PIECE_CHARACTERS", 1 << 12)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1 << 14)
+    text, wrapped = _WITHOUT_SPACES[kind](random.Random(0)), _wrap(make())
+    longest = 0
+    call = tokenizing._call
+
+    def spy(texts: list[str], *args: Any, **options: Any) -> Any:
+        nonlocal longest
+        longest = max(longest, sum(map(len, texts)))
+        return call(texts, *args, **options)
+
+    monkeypatch.setattr(tokenizing, "_call", spy)
+    whole = wrapped(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert tokenize_text(text, wrapped).tolist() == whole
+    assert longest <= 1 << 14
+
+
+def test_windows_that_nowhere_agree_grow() -> None:
+    sizes = []
+
+    def encode(begin: int, end: int) -> tuple[list[int], list[int]]:
+        sizes.append(end - begin)
+        return [end] * (end - begin), list(range(begin, end))  # each token knows the end
+
+    assert windows.encode_in_windows(encode, 1000, 256) == [1000] * 1000
+    assert sizes[-1] == 1000
 
 
 def test_short_and_empty_text(tokenizer: Any) -> None:

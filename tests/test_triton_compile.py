@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from proxsparse.kernels.launch import BLOCK, NUM_WARPS, UPDATE_BLOCK, UPDATE_NUM_WARPS
 
 triton = pytest.importorskip("triton")

@@ -239,7 +239,7 @@ def _open_hub(name: str, config: CalibrationConfig) -> _Text:
         rows = _rows(dataset, config.text_column, words)
     if repository in _ROWS_ARE_LINES:
         lines = (row or " \n" for row in rows)  # the Hub's copy has blank lines as empty rows
-        parts = map("".join, batches(lines))
+        parts = map("".join, batches(lines, len))
         return _Text(parts, words, is_stream=True, is_one_document=True)
     return _Text(rows, words, is_stream=True)
 
