@@ -75,6 +75,21 @@ def _decode(path: Path) -> str:
     return text
 
 
+def read_documents(
+    path: str | os.PathLike[str], tokenizer: Any, text_column: str | None = None
+) -> list[str]:
+    """The documents of a file or folder, without blank ones.
+
+    Raises:
+        ProxsparseError: there is none, it cannot be read, or it holds no text.
+    """
+    text = open_source(Path(path), CalibrationConfig(text_column=text_column))
+    documents = list(only_text(text.documents, text.source))
+    if not documents:
+        raise ProxsparseError(f"{path} is empty or blank: it holds no text")
+    return documents
+
+
 def open_source(source: Any, config: CalibrationConfig) -> _Text:
     """The text of a calibration source, opened but not yet read.
 
@@ -316,3 +331,14 @@ def refuse_unused(config: CalibrationConfig, words: str, *fields: str) -> None:
         if value is not None:
             flag = "--" + name.replace("_", "-")
             raise ProxsparseError(f"{flag} is {value!r}, but {words} has none: leave it out")
+
+
+def only_text(documents: Iterable[Any], words: str) -> Iterator[str]:
+    """The documents that say something; a missing value (None) counts as blank."""
+    for index, document in enumerate(documents):
+        if document is None:
+            continue
+        if not isinstance(document, str):
+            raise ProxsparseError(f"{words}: item {index} is a {type(document).__name__}, not text")
+        if document and not document.isspace():
+            yield document

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.attention import configs_to_regroup, regrouped
+from proxsparse.models.positions import check_positions
 
 _WARM_UP_STEPS = 3  # libraries pick kernels and allocate in their first calls
 _STEPS_PER_CHECK = 16  # a look at the tokens makes the host wait for the GPU
@@ -61,12 +62,15 @@ class Decoder:
     and, in a graph, a step's activations.
 
     Raises:
+        ProxsparseError: `max_tokens` is more than the model's positions.
         NoStaticCache: the model keeps a state that is no static cache, or fails with one.
     """
 
     def __init__(
         self, model: Any, batch_size: int, max_tokens: int, *, compile: bool = False
     ) -> None:
+        # Before the cache: with a number too large its memory would be the first to fail.
+        check_positions(model, max_tokens, f"max_tokens is {max_tokens}")
         self._model, self._cache = model, _make_cache(model, max_tokens)
         # A function, not a method, which would keep this object and its cache alive in a cycle.
         self._advance_by_one = _compile(_advance) if compile else _advance
