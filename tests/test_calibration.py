@@ -385,9 +385,9 @@ def test_sources_without_text(tmp_path: Path, tokenizer: Any) -> None:
     [
         ('{"text": "a"}\n{"text"', None, r"line 2 is not JSON"),
         ('["text"]', None, r"line 1 is no JSON object"),
-        ('{"a": "x", "b": "y", "n": 1}', None, r"line 1: which column.*a \(text\), b \(text\), n"),
+        ('{"a": "x", "b": "y", "n": 1}', None, r"which column.*a \(text\), b \(text\), n"),
         ('{"n": 1}', None, r"which column holds the text\?"),
-        ('{"text": "a"}', "body", r"line 1: column 'body' does not exist.*text \(text\)"),
+        ('{"text": "a"}', "body", r"column 'body' does not exist.*text \(text\)"),
         ('{"text": "a"}\n{"title": "b"}', None, r"line 2: column 'text' does not exist.*title"),
         ('{"text": "a", "n": 1}', "n", r"column 'n' does not hold text"),
         ('{"text": "a"}\n{"text": 3}', None, r"item 1 is a int, not text"),
@@ -560,8 +560,11 @@ def test_datasets_in_memory(tokenizer: Any) -> None:
     columns = {"n": [1, 2, 3], "body": ["the cat", None, "on a mat"]}
     dataset = datasets.Dataset.from_dict(columns)
     expected = _ids(tokenizer, "the cat", "on a mat")
-    assert _available(dataset, tokenizer) == expected
-    assert _available(dataset.to_iterable_dataset(), tokenizer) == expected
+    assert _available(dataset, tokenizer, text_column="body") == expected
+    assert _available(dataset.to_iterable_dataset(), tokenizer, text_column="body") == expected
+    assert _available(dataset.select_columns("body"), tokenizer) == expected
+    with pytest.raises(ProxsparseError, match="which column holds the text"):
+        load_calibration(dataset, tokenizer, _config(), 1)
     with pytest.raises(
         ProxsparseError, match=r"Dataset: column 'text' does not exist.*body \(text\)"
     ):

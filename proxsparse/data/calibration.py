@@ -70,8 +70,9 @@ def load_calibration(
     Args:
         source: one of
             - "stdlib" or "self" (a folder of that name is "./stdlib");
-            - a path: a file of text, of JSON lines or in Parquet, or a folder of them, read
-              recursively in sorted order without hidden entries (names that begin with a dot);
+            - a path: a file of text or a table (JSON lines, CSV, TSV, Parquet), perhaps compressed
+              (.gz, .bz2, .xz, .zst), or a folder of them, read recursively in sorted
+              order without hidden entries (names that begin with a dot);
             - "c4", "wikitext2", "org/name" or "org/name:config" on the Hub, unless a file or folder
               has that name;
             - an iterable of texts, a `datasets.Dataset` or `IterableDataset`;
@@ -112,7 +113,7 @@ def load_calibration(
             raise ProxsparseError(f"calibrating on {text.source} needs the model's tokenizer")
         prefix = added_prefix(tokenizer)
         separator = None if text.is_one_document else getattr(tokenizer, "eos_token_id", None)
-        documents = only_text(documents, text.source)
+        documents = only_text(documents, text.source, tokenizer)
         tokens = _concatenate(tokenize_documents(documents, tokenizer, separator), limit)
     if tokens.numel() == 0:
         raise ProxsparseError(f"{text.source} holds no text: there is nothing to calibrate on")
