@@ -200,6 +200,13 @@ def prune(
             f"tokens from {report['data']['source']}",
             highlight=False,
         )
+        if report["data"].get("prefix"):
+            prefix = " ".join(report["data"]["prefix"])
+            console.print(
+                f"before each block: {prefix}, which the tokenizer adds",
+                markup=False,
+                highlight=False,
+            )
     console.print(
         f"{report['recipe']['method']}: {len(report['layers'])} layers pruned to 2:4 in "
         f"{report['seconds']:.1f} s, written to {output}",
@@ -493,8 +500,18 @@ def eval_(
     *,
     data: Annotated[
         str | None,
-        typer.Option(help="A text file, or 'stdlib' for held-out modules of Python's library."),
+        typer.Option(
+            help="Text: a file or folder as for prune --calibration, or 'stdlib' for held-out "
+            "modules of Python's library."
+        ),
     ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column that holds the text of a table (default: found).")
+    ] = None,
+    rolling: Annotated[
+        bool,
+        typer.Option("--rolling", help="Score every token once, in lm-eval's rolling windows."),
+    ] = False,
     tasks: Annotated[
         list[str] | None, typer.Option(help="A task of lm-eval; repeat for more.")
     ] = None,
@@ -515,9 +532,21 @@ def eval_(
         max_seq_length=max_seq_length,
         batch_size=batch_size,
         device=device,
+        rolling=rolling,
+        text_column=text_column,
     )
     if "perplexity" in result:
         console.print(f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens")
+    for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        if name in result:
+            console.print(f"{name.replace('_', ' ')} {result[name]:.4f}")
+    if result.get("prefix"):
+        where = "the text" if rolling else "each block"
+        console.print(
+            f"before {where}: {' '.join(result['prefix'])}, which the tokenizer adds",
+            markup=False,
+            highlight=False,
+        )
     for task, figures in result.get("tasks", {}).items():
         console.print(task, figures)
     return result

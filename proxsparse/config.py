@@ -51,13 +51,14 @@ class CalibrationConfig(_Checked):
 
     calibration: str = option(
         "c4",
-        "Calibration text: a .txt, .jsonl or .parquet file or a folder; 'stdlib' (Python's own "
+        "Calibration text: a file of text or a table (.jsonl, .csv, .tsv, .parquet), perhaps "
+        "compressed, or a folder; 'stdlib' (Python's own "
         "standard library, no download); 'self' (sampled from the model itself, no data needed); "
         "'c4', 'wikitext2' or any dataset name on the Hugging Face Hub.",
     )
     split: str | None = option(None, "Split of a Hub dataset (default: train).")
     text_column: str | None = option(
-        None, "Column that holds the text in JSONL, Parquet or a Hub dataset (default: found)."
+        None, "Column that holds the text, or the messages, of a table (default: found)."
     )
     num_calibration_samples: int | None = option(
         None,

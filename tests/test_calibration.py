@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 from proxsparse.config import CalibrationConfig
-from proxsparse.data import corpus, self_sampling, tokenizing
+from proxsparse.data import corpus, self_sampling, tokenizing, windows
 from proxsparse.data.calibration import load_calibration
 from proxsparse.data.sources import read_text
 from proxsparse.data.tokenizing import to_blocks, tokenize_text
@@ -125,6 +126,57 @@ def test_long_text_gets_the_tokens_of_one_call(make: Callable[[], Tokenizer]) ->
     assert tokenize_text(text, wrapped).tolist() == whole
     num_pieces = len(tokenizing._pieces(text, wrapped))
     assert num_pieces == 1 if make is _across_words else num_pieces > 5
+
+
+def _base64(rng: random.Random) -> str:
+    return base64.b64encode(rng.randbytes(45_000)).decode()
+
+
+_WITHOUT_SPACES: dict[str, Callable[[random.Random], str]] = {
+    "base64": _base64,
+    "chinese with blank lines": lambda rng: "\n\n".join(["中文" * rng.randint(9, 90)] * 500),
+    "chinese with CRLF": lambda rng: "\r\n".join(["文中" * rng.randint(9, 90)] * 500),
+    "one letter": lambda rng: "a" * 60_001,
+    "digits": lambda rng: "".join(rng.choices("0123456789", k=60_000)),
+    "emoji": lambda rng: "".join(rng.choices("👩‍👧🇫🇷e\u0301", k=30_000)),
+    "spaces": lambda rng: " " * 60_000,
+    "minified": lambda rng: "".join(rng.choices("abc(){};=+", k=60_000)),
+}
+
+
+@pytest.mark.parametrize("make", [_byte_level, _sentencepiece, _across_words])
+@pytest.mark.parametrize("kind", _WITHOUT_SPACES)
+def test_text_without_spaces_is_tokenised_exactly_in_parts(
+    kind: str, make: Callable[[], Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW_CHARACTERS", 1 << 13)
+    monkeypatch.setattr(tokenizing, "WINDOW_CHARACTERS", 1 << 13)
+    monkeypatch.setattr(tokenizing, "_PIECE_CHARACTERS", 1 << 12)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1 << 14)
+    text, wrapped = _WITHOUT_SPACES[kind](random.Random(0)), _wrap(make())
+    longest = 0
+    call = tokenizing._call
+
+    def spy(texts: list[str], *args: Any, **options: Any) -> Any:
+        nonlocal longest
+        longest = max(longest, sum(map(len, texts)))
+        return call(texts, *args, **options)
+
+    monkeypatch.setattr(tokenizing, "_call", spy)
+    whole = wrapped(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert tokenize_text(text, wrapped).tolist() == whole
+    assert longest <= 1 << 14
+
+
+def test_windows_that_nowhere_agree_grow() -> None:
+    sizes = []
+
+    def encode(begin: int, end: int) -> tuple[list[int], list[int]]:
+        sizes.append(end - begin)
+        return [end] * (end - begin), list(range(begin, end))  # each token knows the end
+
+    assert windows.encode_in_windows(encode, 1000, 256) == [1000] * 1000
+    assert sizes[-1] == 1000
 
 
 def test_short_and_empty_text(tokenizer: Any) -> None:
@@ -341,9 +393,9 @@ def test_sources_without_text(tmp_path: Path, tokenizer: Any) -> None:
     [
         ('{"text": "a"}\n{"text"', None, r"line 2 is not JSON"),
         ('["text"]', None, r"line 1 is no JSON object"),
-        ('{"a": "x", "b": "y", "n": 1}', None, r"line 1: which column.*a \(text\), b \(text\), n"),
+        ('{"a": "x", "b": "y", "n": 1}', None, r"which column.*a \(text\), b \(text\), n"),
         ('{"n": 1}', None, r"which column holds the text\?"),
-        ('{"text": "a"}', "body", r"line 1: column 'body' does not exist.*text \(text\)"),
+        ('{"text": "a"}', "body", r"column 'body' does not exist.*text \(text\)"),
         ('{"text": "a"}\n{"title": "b"}', None, r"line 2: column 'text' does not exist.*title"),
         ('{"text": "a", "n": 1}', "n", r"column 'n' does not hold text"),
         ('{"text": "a"}\n{"text": 3}', None, r"item 1 is a int, not text"),
@@ -516,8 +568,11 @@ def test_datasets_in_memory(tokenizer: Any) -> None:
     columns = {"n": [1, 2, 3], "body": ["the cat", None, "on a mat"]}
     dataset = datasets.Dataset.from_dict(columns)
     expected = _ids(tokenizer, "the cat", "on a mat")
-    assert _available(dataset, tokenizer) == expected
-    assert _available(dataset.to_iterable_dataset(), tokenizer) == expected
+    assert _available(dataset, tokenizer, text_column="body") == expected
+    assert _available(dataset.to_iterable_dataset(), tokenizer, text_column="body") == expected
+    assert _available(dataset.select_columns("body"), tokenizer) == expected
+    with pytest.raises(ProxsparseError, match="which column holds the text"):
+        load_calibration(dataset, tokenizer, _config(), 1)
     with pytest.raises(
         ProxsparseError, match=r"Dataset: column 'text' does not exist.*body \(text\)"
     ):

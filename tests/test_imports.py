@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "backends": {"errors", "ops.reference", "_cpu", "_cuda"},
     "tuning": {"errors", "backends", "ops"},
     "models": {"errors", "config", "ops"},
-    "data": {"errors", "config", "models.precision"},
+    "data": {"errors", "config", "models.precision", "models.positions"},
     "learning": {"errors", "config", "ops", "models"},
     "methods": {"errors", "config", "ops", "models", "learning"},
     "inference": {"errors", "config", "ops", "models"},

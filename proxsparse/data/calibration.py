@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from proxsparse.config import CalibrationConfig
-from proxsparse.data.self_sampling import sample_texts, text_config
-from proxsparse.data.sources import open_source, refuse_unused
-from proxsparse.data.tokenizing import to_blocks, tokenize_documents
+from proxsparse.data.self_sampling import sample_texts
+from proxsparse.data.sources import only_text, open_source, refuse_unused
+from proxsparse.data.tokenizing import added_prefix, tokenize_documents, with_prefix
 from proxsparse.errors import ProxsparseError
+from proxsparse.models.positions import check_positions, text_config
 
 _STREAM_SLACK = 2  # a stream is read until it gave this many times the tokens needed
 
@@ -40,6 +41,8 @@ class Calibration:
         num_tokens: S * L, all of them real tokens.
         num_available_tokens: tokens read from the source, out of which the blocks were drawn.
         fingerprint: SHA-256 of `tokens` as little-endian int64, in hex.
+        prefix: the tokens that begin each block because the tokenizer puts them before every text;
+            they count in `tokens`, and not in `num_available_tokens`.
     """
 
     tokens: Tensor
@@ -47,6 +50,7 @@ class Calibration:
     num_tokens: int
     num_available_tokens: int
     fingerprint: str
+    prefix: tuple[str, ...] = ()
 
 
 def load_calibration(
@@ -58,14 +62,17 @@ def load_calibration(
 ) -> Calibration:
     """Draw `num_samples` blocks of `config.max_seq_length` tokens from a source.
 
-    Text is tokenised without special tokens; documents are joined with the tokenizer's end-of-text
-    token, if it has one, and blank ones are left out. Deterministic for a seed.
+    Documents are joined with the tokenizer's end-of-text token, if it has one, and blank ones are
+    left out. What the tokenizer itself puts before a text (mostly BOS) begins each block and counts
+    in its length; no other special tokens are added, and none to token ids. Deterministic for a
+    seed.
 
     Args:
         source: one of
             - "stdlib" or "self" (a folder of that name is "./stdlib");
-            - a path: a file of text, of JSON lines or in Parquet, or a folder of them, read
-              recursively in sorted order without hidden entries (names that begin with a dot);
+            - a path: a file of text or a table (JSON lines, CSV, TSV, Parquet), perhaps compressed
+              (.gz, .bz2, .xz, .zst), or a folder of them, read recursively in sorted
+              order without hidden entries (names that begin with a dot);
             - "c4", "wikitext2", "org/name" or "org/name:config" on the Hub, unless a file or folder
               has that name;
             - an iterable of texts, a `datasets.Dataset` or `IterableDataset`;
@@ -88,13 +95,14 @@ def load_calibration(
     length, needed = config.max_seq_length, num_samples * config.max_seq_length
     if num_samples < 1:
         raise ProxsparseError(f"num_samples is {num_samples}: at least 1 block must be drawn")
-    _check_length(length, model)
+    check_positions(model, length, f"--max-seq-length is {length}")
     if isinstance(source, str) and source == "self":
         words = "sampled from the model itself"
         refuse_unused(config, words, "split", "text_column")
         blocks = sample_texts(model, tokenizer, num_samples, length, config.seed)
-        return _calibration(blocks, words, blocks.numel())
+        return _calibration(blocks, words, blocks.numel(), tokenizer, added_prefix(tokenizer))
 
+    prefix: list[int] = []
     text = open_source(source, config)
     first, documents = _peek(text.documents)
     limit = _STREAM_SLACK * needed if text.is_stream else None
@@ -104,13 +112,14 @@ def load_calibration(
     else:
         if tokenizer is None:
             raise ProxsparseError(f"calibrating on {text.source} needs the model's tokenizer")
+        prefix = added_prefix(tokenizer)
         separator = None if text.is_one_document else getattr(tokenizer, "eos_token_id", None)
-        documents = _only_text(documents, text.source)
+        documents = only_text(documents, text.source, tokenizer)
         tokens = _concatenate(tokenize_documents(documents, tokenizer, separator), limit)
     if tokens.numel() == 0:
         raise ProxsparseError(f"{text.source} holds no text: there is nothing to calibrate on")
     _check_ids(tokens, model)
-    blocks = to_blocks(tokens, length)
+    blocks = with_prefix(tokens, prefix, length)
     if blocks.shape[0] == 0:
         raise ProxsparseError(
             f"{text.source} has {tokens.numel():,} tokens, less than one sequence of {length:,}: "
@@ -125,13 +134,16 @@ def load_calibration(
         )
     generator = torch.Generator().manual_seed(config.seed)
     drawn = torch.randperm(blocks.shape[0], generator=generator)[:num_samples]
-    return _calibration(blocks[drawn], text.source, tokens.numel())
+    return _calibration(blocks[drawn], text.source, tokens.numel(), tokenizer, prefix)
 
 
-def _calibration(blocks: Tensor, source: str, num_available_tokens: int) -> Calibration:
+def _calibration(
+    blocks: Tensor, source: str, num_available_tokens: int, tokenizer: Any, prefix: list[int]
+) -> Calibration:
     data = blocks.numpy().astype("<i8").tobytes()
     digest = hashlib.sha256(data).hexdigest()
-    return Calibration(blocks, source, blocks.numel(), num_available_tokens, digest)
+    names = tuple(tokenizer.convert_ids_to_tokens(prefix)) if prefix else ()
+    return Calibration(blocks, source, blocks.numel(), num_available_tokens, digest, names)
 
 
 def _concatenate(parts: Iterable[Tensor], limit: int | None) -> Tensor:
@@ -145,15 +157,6 @@ def _concatenate(parts: Iterable[Tensor], limit: int | None) -> Tensor:
             if limit is not None and total >= limit:
                 break
     return torch.cat(kept)
-
-
-def _check_length(length: int, model: nn.Module | None) -> None:
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ProxsparseError(
-            f"--max-seq-length is {length}, but the model has {positions} positions: use at most "
-            f"{positions}"
-        )
 
 
 def _check_ids(tokens: Tensor, model: nn.Module | None) -> None:
@@ -175,17 +178,6 @@ def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     iterator = iter(items)
     head = list(itertools.islice(iterator, 1))
     return (head[0] if head else None), itertools.chain(head, iterator)
-
-
-def _only_text(documents: Iterable[Any], words: str) -> Iterator[str]:
-    """The documents that say something; a missing value (None) counts as blank."""
-    for index, document in enumerate(documents):
-        if document is None:
-            continue
-        if not isinstance(document, str):
-            raise ProxsparseError(f"{words}: item {index} is a {type(document).__name__}, not text")
-        if document and not document.isspace():
-            yield document
 
 
 def _ids(batch: Any) -> Tensor:

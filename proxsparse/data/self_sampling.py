@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from proxsparse.data.tokenizing import added_prefix
 from proxsparse.errors import ProxsparseError
+from proxsparse.models.positions import text_config
 from proxsparse.models.precision import autocast
 
 _SAMPLING_TOKENS = 32768  # tokens per batch sampled from a model: bounds its key-value cache
-
-
-def text_config(model: nn.Module | None) -> Any:
-    """The model's config, or its text part where it has several; None without a model."""
-    config: Any = getattr(model, "config", None)
-    return config if config is None else config.get_text_config()
 
 
 @torch.no_grad()
@@ -27,10 +23,10 @@ def sample_texts(
 ) -> Tensor:
     """Blocks [num_samples, length] of the model's own text, at temperature 1.
 
-    A block begins with the beginning-of-text token, or with a random one where there is none, and
-    goes on through end-of-text tokens. All randomness comes from a generator of its own on the
-    model's device: the global state is untouched, and a seed gives the same text on the same
-    device.
+    A block begins with what the tokenizer puts before every text; where that is nothing, with the
+    beginning-of-text token, and where there is none, with a random one. It goes on through
+    end-of-text tokens. All randomness comes from a generator of its own on the model's device: the
+    global state is untouched, and a seed gives the same text on the same device.
     """
     if model is None:
         raise ProxsparseError("calibration 'self' samples from the model: pass the model")
@@ -39,6 +35,7 @@ def sample_texts(
     generator = torch.Generator(device).manual_seed(seed)
     bos = getattr(tokenizer, "bos_token_id", None)
     bos = getattr(config, "bos_token_id", None) if bos is None else bos
+    begin_with = added_prefix(tokenizer) or ([] if bos is None else [bos])
     size = config.vocab_size if tokenizer is None else min(config.vocab_size, len(tokenizer))
     per_batch = max(1, _SAMPLING_TOKENS // length)
     was_training = model.training
@@ -48,11 +45,11 @@ def sample_texts(
     bar = tqdm(total=total, desc="sampling", unit="token", disable=None, leave=False)
     try:
         for begin in range(0, num_samples, per_batch):
-            shape = (min(per_batch, num_samples - begin), 1)
-            if bos is None:
-                first = torch.randint(size, shape, generator=generator, device=device)
+            count = min(per_batch, num_samples - begin)
+            if begin_with:
+                first = torch.tensor(begin_with, device=device).expand(count, -1)
             else:
-                first = torch.full(shape, bos, device=device)
+                first = torch.randint(size, (count, 1), generator=generator, device=device)
             blocks.append(_continue(model, first, length, generator, bar.update).cpu())
     finally:
         bar.close()
@@ -67,9 +64,9 @@ def _continue(
     generator: torch.Generator,
     progress: Callable[[int], Any],
 ) -> Tensor:
-    """Sample until tokens [B, 1] have become [B, length]."""
+    """Sample until tokens [B, P] have become [B, length]."""
     sampled, cache = [tokens], None
-    for _ in range(length - 1):
+    for _ in range(length - tokens.shape[1]):
         with autocast(model):
             output = model(input_ids=sampled[-1], past_key_values=cache, use_cache=True)
         cache = getattr(output, "past_key_values", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import os
 import re
 import sys
@@ -19,16 +19,24 @@ from typing import Any
 from torch import Tensor
 
 from proxsparse.config import CalibrationConfig
+from proxsparse.data.chat import is_conversation, render
+from proxsparse.data.compressed import COMPRESSED_SUFFIXES, unpack
+from proxsparse.data.tables import (
+    TABLE_SUFFIXES,
+    columns_in,
+    decoded,
+    kind_of,
+    read_table,
+    text_column,
+)
 from proxsparse.data.tokenizing import batches
 from proxsparse.errors import ProxsparseError
 
 _HUB_ALIASES = {"c4": "allenai/c4:en", "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[^/\\]+)?")
 _ROWS_ARE_LINES = ("Salesforce/wikitext",)  # a row is a line with its line end, not a document
-_FILE_SUFFIXES = {".txt", ".md", ".rst", ".py", ".csv", ".json", ".jsonl", ".parquet"}
-_TABLE_SUFFIXES = {".json", ".jsonl", ".parquet"}
-_STRING_TYPES = ("string", "large_string")
-_TEXT_COLUMNS = ("text", "content", "document", "article", "raw_content", "code")
+_FILE_SUFFIXES = {".txt", ".md", ".rst", ".py"} | TABLE_SUFFIXES | COMPRESSED_SUFFIXES
+_ROWS_TO_JUDGE = 64  # of a stream, whose columns have no declared types
 _MAX_LISTED = 10  # files named in one error
 _OFFLINE = (
     "Without a network, calibrate on a local file or folder, on 'stdlib' (Python's own standard "
@@ -59,24 +67,51 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def _decode(path: Path) -> str:
+    data = unpack(_read_bytes(path), path)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ProxsparseError(
+            f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}): give a "
+            f"text file, or convert it to UTF-8; tables ({', '.join(sorted(TABLE_SUFFIXES))}) and "
+            f"compressed files ({', '.join(sorted(COMPRESSED_SUFFIXES))}) are known by their names"
+        ) from error
+    if "\0" in text:
+        raise ProxsparseError(f"{path} holds NUL bytes, so it is not a text file")
+    return text
+
+
+def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "is no file"
         if not path.exists():
             state = "does not exist"
         raise ProxsparseError(f"{path} {state}: give the path of a text file")
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
+        return path.read_bytes()
     except OSError as error:
         raise ProxsparseError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ProxsparseError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}): give a "
-            "text file, or convert it to UTF-8"
-        ) from error
-    if "\0" in text:
-        raise ProxsparseError(f"{path} holds NUL bytes, so it is not a text file")
-    return text
+
+
+def _format(path: Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
+    return (path.with_suffix("") if is_compressed else path).suffix.lower()
+
+
+def read_documents(
+    path: str | os.PathLike[str], tokenizer: Any, wanted: str | None = None
+) -> list[str]:
+    """The documents of a file or folder, without blank ones.
+
+    Raises:
+        ProxsparseError: there is none, it cannot be read, or it holds no text.
+    """
+    text = open_source(Path(path), CalibrationConfig(text_column=wanted))
+    documents = list(only_text(text.documents, text.source, tokenizer))
+    if not documents:
+        raise ProxsparseError(f"{path} is empty or blank: it holds no text")
+    return documents
 
 
 def open_source(source: Any, config: CalibrationConfig) -> _Text:
@@ -129,7 +164,7 @@ def _open_name(name: str, config: CalibrationConfig, is_path: bool) -> _Text:
     if name and os.path.exists(path):
         refuse_unused(config, str(path), "split")
         documents = _read_file(path, config.text_column)
-        is_table = path.suffix.lower() in _TABLE_SUFFIXES
+        is_table = _format(path) in TABLE_SUFFIXES
         if not is_table:
             refuse_unused(config, str(path), "text_column")
         return _Text(documents, str(path), is_one_document=not is_table)
@@ -148,7 +183,7 @@ def _open_folder(folder: Path, config: CalibrationConfig) -> _Text:
     files = sorted(_files_in(folder))
     if not files:
         raise ProxsparseError(f"{folder} holds no files (hidden ones are not read)")
-    if not any(path.suffix.lower() in _TABLE_SUFFIXES for path in files):
+    if not any(_format(path) in TABLE_SUFFIXES for path in files):
         refuse_unused(config, str(folder), "text_column")
     documents: list[Any] = []
     problems = []
@@ -180,51 +215,13 @@ def _files_in(folder: Path) -> Iterator[Path]:
         yield from (Path(directory, name) for name in (*names, *links) if name[0] != ".")
 
 
-def _read_file(path: Path, text_column: str | None) -> list[Any]:
-    """The documents of one file, chosen by its suffix: Parquet or JSON rows, or the text as one."""
-    suffix = path.suffix.lower()
+def _read_file(path: Path, wanted: str | None) -> list[Any]:
+    """The documents of one file, chosen by its suffix: the rows of a table, or the text as one."""
+    suffix = _format(path)
     if suffix == ".parquet":
-        return _read_parquet(path, text_column)
+        return read_table(unpack(_read_bytes(path), path), "", suffix, path, wanted)
     text = _decode(path)
-    return _parse_json_lines(text, path, text_column) if suffix in _TABLE_SUFFIXES else [text]
-
-
-def _parse_json_lines(text: str, path: Path, text_column: str | None) -> list[Any]:
-    documents, column = [], None
-    # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line or line.isspace():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ProxsparseError(
-                f"{where} is not JSON ({error.msg}): each line must be one JSON object"
-            ) from error
-        if not isinstance(row, dict):
-            raise ProxsparseError(f"{where} is no JSON object: each line must be one")
-        if column not in row:
-            column = _text_column(_strings_in(row), column or text_column, where)
-        documents.append(row[column])
-    return documents
-
-
-def _read_parquet(path: Path, text_column: str | None) -> list[Any]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ProxsparseError(f"{path} needs pyarrow: pip install pyarrow") from error
-
-    try:
-        schema = parquet.read_schema(path)
-        columns = {field.name: str(field.type) in _STRING_TYPES for field in schema}
-        text_column = _text_column(columns, text_column, str(path))
-        table = parquet.read_table(path, columns=[text_column])
-    except (OSError, pa.ArrowException) as error:
-        raise ProxsparseError(f"{path} is not a readable Parquet file: {error}") from error
-    return list(table.column(0).to_pylist())
+    return read_table(b"", text, suffix, path, wanted) if suffix in TABLE_SUFFIXES else [text]
 
 
 def _open_hub(name: str, config: CalibrationConfig) -> _Text:
@@ -243,7 +240,7 @@ def _open_hub(name: str, config: CalibrationConfig) -> _Text:
         rows = _rows(dataset, config.text_column, words)
     if repository in _ROWS_ARE_LINES:
         lines = (row or " \n" for row in rows)  # the Hub's copy has blank lines as empty rows
-        parts = map("".join, batches(lines))
+        parts = map("".join, batches(lines, len))
         return _Text(parts, words, is_stream=True, is_one_document=True)
     return _Text(rows, words, is_stream=True)
 
@@ -262,55 +259,21 @@ def _explaining_failure(words: str) -> Iterator[None]:
         ) from error
 
 
-def _rows(dataset: Any, text_column: str | None, words: str) -> Iterator[Any]:
+def _rows(dataset: Any, wanted: str | None, words: str) -> Iterator[Any]:
     """The text column of a `datasets` dataset, checked at once; its rows, read lazily."""
     features = dataset.features  # None for a stream that has not been looked into
     if features is None:
-        columns = _strings_in(next(iter(dataset), {}))
+        columns = columns_in(list(itertools.islice(dataset, _ROWS_TO_JUDGE)))
     else:
-        columns = {name: getattr(f, "dtype", "") in _STRING_TYPES for name, f in features.items()}
-    column = _text_column(columns, text_column, words)
+        columns = {field.name: kind_of(field.type) for field in features.arrow_schema}
+    column = text_column(columns, wanted, words)
 
     def read() -> Iterator[Any]:
         with _explaining_failure(words):
             for row in dataset.select_columns(column):
-                yield row[column]
+                yield decoded(row[column], words)
 
     return read()
-
-
-def _strings_in(row: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether each column of a row holds, or may hold, a string."""
-    return {name: value is None or isinstance(value, str) for name, value in row.items()}
-
-
-def _text_column(columns: Mapping[str, bool], wanted: str | None, words: str) -> str:
-    """The column that holds the text.
-
-    Args:
-        columns: whether each column holds strings.
-        wanted: the user's choice, if any.
-        words: where the columns are, for errors.
-    """
-    strings = [name for name, is_string in columns.items() if is_string]
-    if wanted is not None:
-        if wanted in strings:
-            return wanted
-        problem = "does not hold text" if wanted in columns else "does not exist"
-        raise ProxsparseError(
-            f"{words}: column {wanted!r} {problem}; its columns are {_listed(columns)}"
-        )
-    known = [name for name in _TEXT_COLUMNS if name in strings]
-    if known or len(strings) == 1:
-        return (known or strings)[0]
-    raise ProxsparseError(
-        f"{words}: which column holds the text? Name it with --text-column; "
-        f"its columns are {_listed(columns)}"
-    )
-
-
-def _listed(columns: Mapping[str, bool]) -> str:
-    return ", ".join(f"{k} (text)" if v else k for k, v in columns.items()) or "none"
 
 
 def refuse_unused(config: CalibrationConfig, words: str, *fields: str) -> None:
@@ -320,3 +283,16 @@ def refuse_unused(config: CalibrationConfig, words: str, *fields: str) -> None:
         if value is not None:
             flag = "--" + name.replace("_", "-")
             raise ProxsparseError(f"{flag} is {value!r}, but {words} has none: leave it out")
+
+
+def only_text(documents: Iterable[Any], words: str, tokenizer: Any) -> Iterator[str]:
+    """The documents that say something; conversations are rendered, and None counts as blank."""
+    for index, document in enumerate(documents):
+        if document is None:
+            continue
+        if is_conversation(document):
+            document = render(document, tokenizer, f"{words}, item {index}")
+        if not isinstance(document, str):
+            raise ProxsparseError(f"{words}: item {index} is a {type(document).__name__}, not text")
+        if document and not document.isspace():
+            yield document

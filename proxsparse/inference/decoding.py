@@ -22,6 +22,7 @@ from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.attention import configs_to_regroup, regrouped
+from proxsparse.models.positions import check_positions
 from proxsparse.ops.cuda_graph import recording
 
 _WARM_UP_STEPS = 3  # libraries pick kernels and allocate in their first calls
@@ -58,12 +59,15 @@ class Decoder:
     and, in a graph, a step's activations.
 
     Raises:
+        ProxsparseError: `max_tokens` is more than the model's positions.
         NoStaticCache: the model keeps a state that is no static cache, or fails with one.
     """
 
     def __init__(
         self, model: Any, batch_size: int, max_tokens: int, *, compile: bool = False
     ) -> None:
+        # Before the cache: with a number too large its memory would be the first to fail.
+        check_positions(model, max_tokens, f"max_tokens is {max_tokens}")
         self._model, self._cache = model, _make_cache(model, max_tokens)
         # A function, not a method, which would keep this object and its cache alive in a cycle.
         self._advance_by_one = _compile(_advance) if compile else _advance

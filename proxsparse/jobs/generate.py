@@ -12,7 +12,14 @@ from proxsparse.errors import ProxsparseError
 from proxsparse.inference.decoding import decode_greedily
 from proxsparse.inference.sparse_linear import sparse_layers
 from proxsparse.inference.sparsify import densify_, sparsify_
-from proxsparse.models.loading import LoadedModel, load_model, resolve_device, state_bytes
+from proxsparse.models.loading import (
+    LoadedModel,
+    build_model,
+    load_model,
+    resolve_device,
+    state_bytes,
+)
+from proxsparse.models.positions import check_positions, num_positions
 from proxsparse.ops import dispatch
 
 _BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
@@ -48,15 +55,20 @@ def generate(
         tokens_per_second}. Seconds include prefill, not what warms up before it.
 
     Raises:
-        ProxsparseError: no layer is 2:4, the prompt is empty, or max_new_tokens below 1.
+        ProxsparseError: no layer is 2:4, the prompt is empty, max_new_tokens below 1, or prompt and
+            new tokens more than the model has positions.
     """
     where = resolve_device(device)
     if max_new_tokens < 1:
         raise ProxsparseError(f"--max-new-tokens is {max_new_tokens}: give at least 1")
+    # Known from the config, before weights are read; the prompt has a token at least.
+    skeleton = build_model(model, torch.device("meta"))
+    _check_room(skeleton, 1, max_new_tokens)
     loaded = load_model(model, where)
     input_ids = loaded.tokenizer(prompt, return_tensors="pt").to(where)["input_ids"]
     if input_ids.shape[-1] == 0:
         raise ProxsparseError("the prompt is empty: give --prompt some text")
+    _check_room(loaded.model, input_ids.shape[-1], max_new_tokens)
     runs: dict[str, dict[str, Any]] = {}
     if compare:
         densify_(loaded.model)
@@ -73,6 +85,15 @@ def generate(
         "same_tokens": tokens[0] == tokens[1] if compare else None,
         "speedup": speeds[1] / speeds[0] if compare else None,
     }
+
+
+def _check_room(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse a prompt and an answer that the model has no positions for."""
+    what = f"a prompt of {prompt_tokens} tokens and --max-new-tokens {max_new_tokens} are "
+    what += f"{prompt_tokens + max_new_tokens} tokens"
+    room = (num_positions(model) or 0) - prompt_tokens
+    way_out = f"give --max-new-tokens {room} at most" if room > 0 else "give a shorter prompt"
+    check_positions(model, prompt_tokens + max_new_tokens, what, way_out)
 
 
 def _run(

@@ -314,6 +314,7 @@ def _data_report(data: Calibration | None) -> dict[str, Any] | None:
         "available_tokens": data.num_available_tokens,
         "samples": data.tokens.shape[0],
         "fingerprint": data.fingerprint,
+        "prefix": list(data.prefix),
     }
 
 

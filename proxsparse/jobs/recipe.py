@@ -8,9 +8,7 @@ import hashlib
 import json
 import math
 import re
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from proxsparse.config import (
     CalibrationConfig,
@@ -22,6 +20,9 @@ from proxsparse.config import (
 )
 from proxsparse.errors import ProxsparseError
 from proxsparse.methods import METHODS, Method, get_method
+
+if TYPE_CHECKING:
+    from torch import nn  # settings are resolved before torch is loaded
 
 _LAYERWISE_SAMPLES = 128
 _MAX_SEQ_LENGTH = 2048  # by default; models with fewer positions take as many as they have

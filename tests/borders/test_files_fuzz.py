@@ -250,7 +250,7 @@ def header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def test_mask_header(base: Path, pruned: Path, tmp_path: Path, more: bool) -> None:
     model = load_model(base, torch.device("cpu")).model
-    metadata, codes = header(pruned / "masks.safetensors")
+    metadata, codes = header(pruned / "proxsparse.masks")
     inner = {"shapes", "recipe", "weights_updated"}
     document = {k: json.loads(v) if k in inner else v for k, v in metadata.items()}
     path = tmp_path / "m.safetensors"
@@ -283,7 +283,7 @@ def test_mask_bytes(pruned: Path, tmp_path: Path, more: bool) -> None:
         path.write_bytes(data)
         attempt(lambda: Masks.load(path))
 
-    fuzz(damaged((pruned / "masks.safetensors").read_bytes()), check, 200, more)
+    fuzz(damaged((pruned / "proxsparse.masks").read_bytes()), check, 200, more)
 
 
 def state() -> dict[str, Tensor]:
@@ -346,6 +346,6 @@ def test_packed_bytes(packed: Path, copied: Any, more: bool) -> None:
 
 def test_the_unharmed_files_are_read(packed: Path, pruned: Path, tmp_path: Path) -> None:
     """What the fuzzer starts from is sound, so that it does not find refusals only."""
-    assert len(Masks.load(pruned / "masks.safetensors")) == 14
+    assert len(Masks.load(pruned / "proxsparse.masks")) == 14
     assert len((read_report(packed) or {})["layers"]) == 14
     assert len(unpack(packed, tmp_path / "dense")["layers"]) == 14

@@ -71,7 +71,7 @@ def test_no_command_leaves_half_a_result(
     output = tmp_path / "out"
     commands = (
         lambda: prune(DEMO, output, method="magnitude"),
-        lambda: apply(DEMO, pruned / "masks.safetensors", output),
+        lambda: apply(DEMO, pruned / "proxsparse.masks", output),
         lambda: pack(pruned, output),
         lambda: unpack(packed, output),
     )
@@ -140,7 +140,7 @@ def test_masks_that_do_not_fit(tmp_path: Path, monkeypatch: Any, error: Exceptio
     real = safetensors.torch.save_file
 
     def save_file(tensors: Any, filename: str, **options: Any) -> None:
-        if Path(filename).name == "masks.safetensors":
+        if Path(filename).name == "proxsparse.masks":
             raise error
         real(tensors, filename, **options)
 

@@ -56,7 +56,7 @@ def run(command: str, folder: Path, output: Path, resume: bool) -> None:
         case "sparsegpt" | "wanda":
             prune(DEMO, output, calibration=text, method=command, resume=resume, **samples)
         case "apply":
-            apply(DEMO, folder / "gates/masks.safetensors", output)
+            apply(DEMO, folder / "gates/proxsparse.masks", output)
         case "pack":
             pack(folder / "gates", output)
         case "unpack":
@@ -125,7 +125,7 @@ def attack(
 def assert_same(expected: Path, found: Path) -> None:
     assert {p.name for p in found.iterdir()} == {p.name for p in expected.iterdir()}
     for path in expected.iterdir():
-        if path.name == "masks.safetensors":  # safetensors writes metadata in any order
+        if path.name == "proxsparse.masks":  # safetensors writes metadata in any order
             a, b = Masks.load(path), Masks.load(found / path.name)
             assert a.metadata == b.metadata and a.shapes == b.shapes
             assert all(torch.equal(a.codes[name], b.codes[name]) for name in a)
