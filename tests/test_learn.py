@@ -19,7 +19,7 @@ from proxsparse.learning import loop as learning
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
 from proxsparse.learning.layerwise import collect_input_norms
-from proxsparse.learning.rule import Moment
+from proxsparse.learning.rule import StepScalars
 from proxsparse.methods import METHODS
 from proxsparse.models.targets import find_targets
 
@@ -197,7 +197,7 @@ def test_proxsparse_has_no_units_by_default(tiny_model: Any, scale: float) -> No
             lr, lam = rule.lr, rule.lam_at(step / 11, rule.lr)
             scalars = (torch.tensor(float(x), dtype=torch.float64) for x in (step, lr, lam))
             grad = torch.randn(w0.shape, generator=generator)
-            rule.update_(w0, state, grad, Moment(*scalars, torch.ones(())), None)
+            rule.update_(w0, state, grad, StepScalars(*scalars, torch.ones(())), None)
         learned.append(state["p"] / factor)
     assert not torch.allclose(learned[0], w0 / scale, rtol=0.05)
     torch.testing.assert_close(learned[0], learned[1], rtol=1e-3, atol=1e-4)
