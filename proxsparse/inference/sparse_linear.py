@@ -84,6 +84,7 @@ class SparseLinear(nn.Module):
         self.out_features, half = values.shape
         self.in_features = 2 * half
         self.is_conv1d = is_conv1d
+        self.label = "the layer"  # what an error calls it where no name reaches it
         self.register_buffer("values", values)
         self.register_buffer("codes", codes)
         # How calls run that nothing but the GPU has to see, by `ops.eager_key`.
@@ -293,7 +294,7 @@ class SparseLinear(nn.Module):
             ProxsparseError: unsound codes, or a dense weight; nothing of the layer is changed then.
         """
         values, codes = (state_dict.get(prefix + form) for form in FORMS)
-        name = prefix.removesuffix(".") or "the layer"
+        name = prefix.removesuffix(".") or self.label
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.numel():
             raise ProxsparseError(
