@@ -128,11 +128,12 @@ class SparseLinear(nn.Module):
     def empty_like(cls, linear: Any, memory: str = "min") -> SparseLinear:
         """A layer of the shape, dtype and device of `linear`, to load a state dict into.
 
-        Its weight is whatever lay in memory.
+        Its values are whatever lay in memory.
         """
         w, is_conv1d = _canonical_weight(linear)
         n, k = w.shape
-        values, codes = w.new_empty(n, k // 2), w.new_empty(n, (k + 7) // 8, dtype=torch.uint8)
+        values = w.new_empty(n, k // 2)
+        codes = w.new_full((n, (k + 7) // 8), 0x44, dtype=torch.uint8)  # sound: places 0 and 1
         layer = cls(values, codes, linear.bias, memory=memory, is_conv1d=is_conv1d)
         return layer.train(linear.training)
 
