@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-floors lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -12,6 +12,23 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
+
+# The lowest transformers and datasets that pyproject.toml allows, with what they need. torch stays
+# that of constraints.txt: a wheel of the declared floor, 2.10, is a CUDA build of gigabytes, so that
+# floor is NOT tested here; `make test-floors FLOOR_TORCH=torch==2.10.0` tests it where there is room.
+FLOORS ?= .venv-floors
+FLOOR_TORCH ?= torch==2.13.0
+FLOOR_TESTS := tests/test_pack.py tests/test_hf.py tests/test_cli.py tests/test_checkpoint_files.py \
+	tests/test_pruning.py tests/test_wrapped_models.py tests/test_sparse_linear_module.py
+
+test-floors: $(FLOORS)/.installed
+	$(FLOORS)/bin/python -m pytest -m "not slow" $(FLOOR_TESTS)
+
+$(FLOORS)/.installed: pyproject.toml setup.py constraints-floors.txt $(SOURCES)
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet -c constraints-floors.txt "$(FLOOR_TORCH)" -e . \
+		pytest pytest-timeout hypothesis peft
+	touch $@
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -42,6 +59,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) $(FLOORS) build dist site *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -f proxsparse/*.so proxsparse/_build_error_*.txt

@@ -96,7 +96,7 @@ def main() -> None:
         killed = start(args.model, outputs["resumed"], settings)
         result["killed_after_checkpoint"] = kill_after(killed, outputs["resumed"], args.steps // 2)
         finish(start(args.model, outputs["resumed"], {**settings, "resume": True}))
-        masks = {name: Masks.load(path / "masks.safetensors") for name, path in outputs.items()}
+        masks = {name: Masks.load(path) for name, path in outputs.items()}
         perplexities = {}
         for name, path in outputs.items():
             loaded = load_model(path, device)

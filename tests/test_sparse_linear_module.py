@@ -350,3 +350,10 @@ def test_the_raw_op_reads_operands_with_strides() -> None:
     values, codes = (torch.stack((x, x), -1)[..., 0] for x in (layer.values, layer.codes))
     assert not values.is_contiguous()
     assert torch.equal(torch.ops.proxsparse.unpack_2to4(values, codes), layer.weight)
+
+
+def test_an_empty_layer_can_be_made_in_memory_too() -> None:
+    source = SparseLinear.from_linear(dense_layer(6, 20))
+    layer = SparseLinear.empty_like(nn.Linear(20, 6))
+    layer.load_state_dict(source.state_dict())
+    assert torch.equal(layer.weight, source.weight)

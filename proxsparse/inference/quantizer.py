@@ -102,7 +102,9 @@ class PackedQuantizer(HfQuantizer):
                     f"the packed layer {name} is a {type(linear).__name__} in "
                     f"{type(model).__name__}, not a linear layer"
                 )
-            model.set_submodule(name, SparseLinear.empty_like(linear, keep_dense=config.keep_dense))
+            layer = SparseLinear.empty_like(linear, keep_dense=config.keep_dense)
+            layer.label = name
+            model.set_submodule(name, layer)
         # The empty weights are for others to stumble over, not for a warning about leftovers.
         ignored = model._keys_to_ignore_on_load_unexpected
         kind = list if ignored is None or isinstance(ignored, list) else type(ignored)

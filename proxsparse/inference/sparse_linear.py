@@ -80,6 +80,7 @@ class SparseLinear(nn.Module):
         self.out_features, half = values.shape
         self.in_features = 2 * half
         self.is_conv1d = is_conv1d
+        self.label = "the layer"  # what an error calls it where no name reaches it
         self.register_buffer("values", values)
         self.register_buffer("codes", codes)
         # How calls run that nothing but the GPU has to see, by `ops.eager_key`.
@@ -123,11 +124,12 @@ class SparseLinear(nn.Module):
     def empty_like(cls, linear: Any, *, keep_dense: bool = False) -> SparseLinear:
         """A layer of the shape, dtype and device of `linear`, to load a state dict into.
 
-        Its weight is uninitialised memory.
+        Its values are uninitialised memory.
         """
         w, is_conv1d = _canonical_weight(linear)
         n, k = w.shape
-        values, codes = w.new_empty(n, k // 2), w.new_empty(n, (k + 7) // 8, dtype=torch.uint8)
+        values = w.new_empty(n, k // 2)
+        codes = w.new_full((n, (k + 7) // 8), 0x44, dtype=torch.uint8)  # sound: places 0 and 1
         layer = cls(values, codes, linear.bias, keep_dense=keep_dense, is_conv1d=is_conv1d)
         return layer.train(linear.training)
 
@@ -289,7 +291,7 @@ class SparseLinear(nn.Module):
             ProxsparseError: unsound codes, or a dense weight; nothing of the layer is changed then.
         """
         values, codes = (state_dict.get(prefix + form) for form in FORMS)
-        name = prefix.removesuffix(".") or "the layer"
+        name = prefix.removesuffix(".") or self.label
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.numel():
             raise ProxsparseError(
