@@ -30,6 +30,8 @@ PREFILL_SHAPES = (
     *("512x3584", "1024x4096", "4096x4096", "14336x4096", "4096x14336", "28672x8192"),
     *("8192x28672", "5120x5120"),
 )
+QUALITY = {"mask_quality": "22 M Llama", "mask_quality_smollm2": "SmolLM2-135M"}
+WHAT = ("held-out", "WikiText-2", "loss left")
 _BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,19 +47,27 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def quality() -> list[str]:
-    """Perplexity by method."""
-    result = read(RESULTS / "h200" / "mask_quality.json")
+    """Perplexity by method, of a model made for this and of a pretrained one."""
+    results = [read(RESULTS / "h100" / f"{name}.json") for name in QUALITY]
     rows = []
     for name, words in NAMES.items():
-        figures = result["summary"][name]
-        cells = [words, f"{figures['heldout']:.1f}", f"{figures['wikitext2']:.1f}"]
-        if name == "dense":
-            cells += ["", ""]
-        else:
-            cells += [f"{100 * figures['remaining_loss']:.0f}%", f"{figures['seconds']:.1f}"]
-        rows.append([f"**{cell}**" for cell in cells] if name == "gates" else cells)
-    header = ("method", "held-out", "WikiText-2", "loss left", "seconds")
-    return [f"{origin(result)}:", "", *table(header, rows)]
+        found = [result["summary"].get(name) for result in results]
+        if not any(found):
+            continue
+        cells = [words]
+        for figures in found:
+            cells += _quality_of(figures, name)
+        rows.append([f"**{cell}**" if cell else "" for cell in cells] if name == "gates" else cells)
+    header = ("method", *(f"{model}: {what}" for model in QUALITY.values() for what in WHAT))
+    return [f"{origin(*results)}:", "", *table(header, rows)]
+
+
+def _quality_of(figures: dict[str, Any] | None, name: str) -> list[str]:
+    if figures is None:
+        return ["", "", ""]
+    left = [f"{100 * figures[f'left_{text}']:.0f}%" for text in ("heldout", "wikitext2")]
+    share = "" if name == "dense" else " / ".join(left)
+    return [f"{figures['heldout']:.1f}", f"{figures['wikitext2']:.1f}", share]
 
 
 def model() -> list[str]:

@@ -25,7 +25,7 @@ NAMES = {
     "dense": "dense",
     "gates": "gates (default)",
     "sparsegpt": "SparseGPT, updates weights",
-    "proxsparse": "ProxSparse (paper)",
+    "proxsparse": "ProxSparse (default)",
     "sparsegpt_mask_only": "SparseGPT, mask only",
     "wanda": "Wanda",
     "magnitude": "magnitude",
@@ -122,15 +122,16 @@ def save(
 def main() -> None:
     """Draw both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS / "h200")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    speed, quality = (read(args.results / f"{n}.json") for n in ("sparse_linear", "mask_quality"))
+    speed = read(args.results / "h200" / "sparse_linear.json")
+    quality = read(args.results / "h100" / "mask_quality_smollm2.json")
     title = f"A linear layer after tuning, {speed['settings']['dtype']}"
     save(speed, draw_speed, title, (7.2, 3.6), args.out / "speed.png")
-    title = f"22 M-parameter Llama, {quality['steps']} steps"
-    save(quality, draw_quality, title, (7.2, 2.9), args.out / "quality.png")
+    title = "SmolLM2-135M-Instruct, 1.6 M tokens"
+    save(quality, draw_quality, title, (7.2, 2.1), args.out / "quality.png")
 
 
 if __name__ == "__main__":
