@@ -210,7 +210,7 @@ def stop_at_step(output: Path, folder: Path, step: int) -> None:
     real = loop._Run.step
 
     def dying(self: Any, *args: Any) -> Any:
-        if self.moment.step == step:
+        if self.scalars.step == step:
             raise Killed
         return real(self, *args)
 
