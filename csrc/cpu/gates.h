@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "adam.h"
-#include "tensor_view.h"
 #include "solver.h"
+#include "tensor_view.h"
 
 namespace proxsparse {
 
@@ -60,8 +60,8 @@ PROXSPARSE_INLINE float to_unit_rms(float a, float b, float c, float d) {
   return rms > 0.0f ? 1.0f / rms : 0.0f;
 }
 
-// In groups [begin, end): the prior, which is the importance |w0| * norm to the power 1.5, scaled to
-// RMS 1 in each group and floored (reference.gate_prior), and its product with the gates: z, the
+// In groups [begin, end): the prior, which is the importance |w0| * norm to the power 1.5, scaled
+// to RMS 1 in each group and floored (reference.gate_prior), and its product with the gates: z, the
 // point whose prox is taken.
 PROXSPARSE_INLINE void gate_prior(const float* importance, const float* gate, const Bounds& bounds,
                                   int begin, int end, Lanes (&prior)[4], Lanes (&z)[4]) {

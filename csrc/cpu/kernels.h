@@ -1,4 +1,5 @@
-// The CPU kernels behind proxsparse.backends.cpu. Sizes count elements; `threads` is an upper bound.
+// The CPU kernels behind proxsparse.backends.cpu. Sizes count elements; `threads` is an upper
+// bound.
 #pragma once
 
 #include "tensor_view.h"

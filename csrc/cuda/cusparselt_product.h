@@ -13,8 +13,8 @@
 
 namespace proxsparse {
 
-// What the operands hold; `cusparselt_product.cpp` has a row for each with what the library needs to
-// know. A row for a type with a scale per output feature would also set the alpha vector.
+// What the operands hold; `cusparselt_product.cpp` has a row for each with what the library needs
+// to know. A row for a type with a scale per output feature would also set the alpha vector.
 enum class ValueType : int { kBFloat16 = 0, kFloat16 = 1 };
 
 constexpr int kLibraryChoice = -1;  // an algorithm: the library's own default
