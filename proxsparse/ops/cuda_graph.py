@@ -29,9 +29,9 @@ def recording(stream: torch.cuda.Stream) -> Iterator[torch.cuda.CUDAGraph]:
             yield graph
     except RuntimeError as error:
         _tidy_up(stream, pool)
-        # Where the end of the recording fails too, the error behind it is the one to show.
-        first = error.__context__
-        raise first if isinstance(first, RuntimeError) else error from None
+        if isinstance(error.__context__, RuntimeError):
+            raise error.__context__  # the end of the recording failed too: this is why
+        raise
 
 
 def _tidy_up(stream: torch.cuda.Stream, pool: Any) -> None:
