@@ -30,7 +30,7 @@ def recording(stream: torch.cuda.Stream) -> Iterator[torch.cuda.CUDAGraph]:
     except RuntimeError as error:
         _tidy_up(stream, pool)
         if isinstance(error.__context__, RuntimeError):
-            raise error.__context__  # the end of the recording failed too: this is why
+            raise error.__context__ from error  # the end of the recording failed because of it
         raise
 
 
