@@ -164,9 +164,7 @@ def prune(
     model: Annotated[str, typer.Argument(help="Model directory, or name on the Hub.")],
     *,
     output: _Output,
-    method: Annotated[
-        str | None, typer.Option(help="gates, proxsparse, sparsegpt, wanda or magnitude.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHOD_OPTIONS)}.")] = None,
     preset: Annotated[
         str | None,
         typer.Option(help="Published settings of the paper for a model, e.g. llama-2-7b."),

@@ -28,19 +28,14 @@ from proxsparse.jobs.evaluate import evaluate_perplexity, remaining_loss
 from proxsparse.jobs.output import mask_metadata, output_directory, pruned_report, write_result
 from proxsparse.jobs.prune import run_method
 from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.methods import METHODS
 from proxsparse.models.loading import LoadedModel, load_model, resolve_device
 from proxsparse.models.masks import Masks, apply_masks_, model_fingerprint
 from proxsparse.models.precision import computing_in
 from proxsparse.models.targets import Targets, find_targets
 
 PROMPT = 'if __name__ == "__main__":\n    import'
-_TITLES = {
-    "magnitude": "magnitude",
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "proxsparse": "ProxSparse",
-    "gates": "gates",
-}
+_ORDER = tuple(reversed(METHODS))  # the simplest first, the default last
 
 
 def run_demo(
@@ -116,7 +111,7 @@ def _compare(
         dense = evaluate_perplexity(model, blocks)
         results["dense"] = {"perplexity": dense}
         generated["dense"] = _generate(base)
-        for method in _TITLES:
+        for method in _ORDER:
             recipe = _recipe(method, quick)
             data = dataclasses.replace(calibration, tokens=calibration.tokens[: recipe.num_samples])
             began = time.perf_counter()
@@ -130,7 +125,7 @@ def _compare(
             for target in targets.layers:
                 target.set_weight_(original[target.name])
     wanda = results["wanda"]["perplexity"]
-    for method in _TITLES:
+    for method in _ORDER:
         figures = results[method]
         figures["remaining_loss"] = remaining_loss(figures["perplexity"], dense, wanda)
     _print_results(console, results)
@@ -187,10 +182,10 @@ def _generate(base: LoadedModel) -> str:
 def _print_results(console: Console, results: dict[str, dict[str, float]]) -> None:
     table = Table("method", "perplexity", "loss left *", "seconds")
     table.add_row("dense", f"{results['dense']['perplexity']:.2f}", "", "")
-    for method, title in _TITLES.items():
+    for method in _ORDER:
         figures = results[method]
         table.add_row(
-            title,
+            METHODS[method].title,
             f"{figures['perplexity']:.2f}",
             f"{figures['remaining_loss']:.0%}",
             f"{figures['seconds']:.1f}",

@@ -24,13 +24,15 @@ class Method:
     """A way to choose masks: the function `name` of the module `methods.name`.
 
     Attributes:
-        name: what users call it.
+        name: what users type.
+        title: what tables call it.
         summary: one line for --help.
         learned: whether it runs the optimiser loop (and takes `LearnConfig`).
         needs_data: whether it looks at calibration text (and takes `CalibrationConfig`).
     """
 
     name: str
+    title: str
     summary: str
     learned: bool = False
     needs_data: bool = True
@@ -67,11 +69,13 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("gates", "gates on frozen weights; no setting (default)", learned=True),
-        Method("proxsparse", "the paper: AdamW and the prox on weights", learned=True),
-        Method("sparsegpt", "layer by layer, updates the kept weights"),
-        Method("wanda", "layer by layer, |weight| x activation norm"),
-        Method("magnitude", "largest weights; needs no data", needs_data=False),
+        Method("gates", "gates", "gates on frozen weights; no setting (default)", learned=True),
+        Method(
+            "proxsparse", "ProxSparse", "the paper: AdamW and the prox on weights", learned=True
+        ),
+        Method("sparsegpt", "SparseGPT", "layer by layer, updates the kept weights"),
+        Method("wanda", "Wanda", "layer by layer, |weight| x activation norm"),
+        Method("magnitude", "magnitude", "largest weights; needs no data", needs_data=False),
     )
 }
 
