@@ -574,7 +574,9 @@ def demo(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory to create [default: none].")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A run of under 40 seconds.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A shorter run, of about a minute.")
+    ] = False,
     console: Console,
 ) -> dict[str, Any]:
     """Learn and compare masks on a small model that ships with the package; needs no network."""

@@ -47,7 +47,7 @@ def run_demo(
         console: where to print.
         output: directory for the model pruned by gates, its masks and the figure; None writes
             nothing.
-        quick: fewer steps and less text, under 40 seconds on two cores.
+        quick: fewer steps and less text, about a minute on two cores.
 
     Returns:
         {"results": {"dense": {"perplexity"}, method: {"perplexity", "remaining_loss", "seconds"}},
