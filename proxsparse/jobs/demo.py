@@ -149,12 +149,12 @@ def _write(
     from proxsparse.jobs.plots import plot_comparison
 
     masks, history = runs["gates"]
-    base = dataclasses.replace(base, id="proxsparse demo model")
+    named = dataclasses.replace(base, id="proxsparse demo model")  # not where it lies here
     fingerprint = model_fingerprint(targets)
-    masks.metadata.update(mask_metadata(recipe, fingerprint, base.id, None))
+    masks.metadata.update(mask_metadata(recipe, fingerprint, named.id, None))
     report = pruned_report(
         recipe.as_dict(),
-        base,
+        named,
         fingerprint,
         targets,
         masks,

@@ -1,0 +1,32 @@
+"""What the demo leaves in its output; its figures are CI's."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from proxsparse.jobs import demo
+from proxsparse.jobs.inspect import inspect_model
+from proxsparse.models.loading import load_model
+from proxsparse.models.masks import Masks
+from proxsparse.models.targets import find_targets
+from proxsparse.ops import mask_2to4
+
+
+def test_the_output_is_a_pruned_checkpoint_that_names_no_path(tmp_path: Path) -> None:
+    base = load_model(str(files("proxsparse.demo_model")), torch.device("cpu"))
+    targets, masks = find_targets(base.model), Masks()
+    for target in targets.layers:
+        masks.add(target, mask_2to4(target.weight()))
+    history = [{"step": 1.0, "loss": 2.0}, {"step": 2.0, "loss": 1.5}]
+    results = {"dense": {"perplexity": 13.0}, "gates": {"perplexity": 18.0}}
+    recipe = demo._recipe("gates", quick=True)
+    demo._write(tmp_path, base, targets, {"gates": (masks, history)}, results, recipe)
+    report = json.loads((tmp_path / "proxsparse.json").read_text())
+    assert report["base"]["id"] == "proxsparse demo model" and report["results"] == results
+    assert (tmp_path / "comparison.png").is_file()
+    found = inspect_model(tmp_path)
+    assert found["num_2to4"] == found["num_layers"] == len(targets.layers)
