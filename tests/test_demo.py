@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
+import proxsparse
 from proxsparse.jobs import demo
 from proxsparse.jobs.inspect import inspect_model
 from proxsparse.models.loading import load_model
@@ -17,7 +17,7 @@ from proxsparse.ops import mask_2to4
 
 
 def test_the_output_is_a_pruned_checkpoint_that_names_no_path(tmp_path: Path) -> None:
-    base = load_model(str(files("proxsparse.demo_model")), torch.device("cpu"))
+    base = load_model(Path(proxsparse.__file__).parent / "demo_model", torch.device("cpu"))
     targets, masks = find_targets(base.model), Masks()
     for target in targets.layers:
         masks.add(target, mask_2to4(target.weight()))
