@@ -21,7 +21,7 @@ def test_the_output_is_a_pruned_checkpoint_that_names_no_path(tmp_path: Path) ->
     targets, masks = find_targets(base.model), Masks()
     for target in targets.layers:
         masks.add(target, mask_2to4(target.weight()))
-    history = [{"step": 1.0, "loss": 2.0}, {"step": 2.0, "loss": 1.5}]
+    history = [{"step": step, "loss": 2.0 / step, "share_2to4": 1.0} for step in (1.0, 2.0)]
     results = {"dense": {"perplexity": 13.0}, "gates": {"perplexity": 18.0}}
     recipe = demo._recipe("gates", quick=True)
     demo._write(tmp_path, base, targets, {"gates": (masks, history)}, results, recipe)
