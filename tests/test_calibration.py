@@ -416,8 +416,26 @@ def test_parquet_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(ProxsparseError, match="not a readable Parquet file"):
         load_calibration(path, tokenizer, _config(), 1)
     parquet.write_table(pa.table({"n": [1], "m": [2.0]}), path)
-    with pytest.raises(ProxsparseError, match=r"which column holds the text.*n, m"):
+    with pytest.raises(ProxsparseError, match=r"a\.parquet: which column holds the text.*n, m"):
         load_calibration(path, tokenizer, _config(), 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        (None, ["x"], r"which column .*id \(text\), words \(text\)"),
+        ("title", ["x"], "column 'title' does not exist"),
+        ("words", [b"\xff"], "bytes that are not UTF-8"),
+    ],
+)
+def test_a_sound_parquet_file_is_not_called_unreadable(
+    column: str | None, values: list[Any], message: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"id": ["1"], "words": values}), path)
+    with pytest.raises(ProxsparseError, match=message) as caught:
+        load_calibration(path, tokenizer, _config(text_column=column), 1)
+    assert "readable" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -27,21 +27,29 @@ def unpack(data: bytes, path: Path) -> bytes:
     suffix = path.suffix.lower()
     if suffix not in COMPRESSED_SUFFIXES:
         return data
-    limit = max(_HARMLESS, _MAX_RATIO * len(data))
     parts, size = [], 0
     try:
         with _open(data, suffix, path) as stream:
             while part := stream.read(_CHUNK):
                 parts.append(part)
                 size += len(part)
-                if size > limit:
-                    raise ProxsparseError(
-                        f"{path} unpacks to more than {_MAX_RATIO} times its size: that is no "
-                        "text; unpack it yourself if it is meant so"
-                    )
+                check_unpacked(size, len(data), path)
     except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
         raise ProxsparseError(f"{path} is no readable {suffix} file: {error}") from error
     return b"".join(parts)
+
+
+def check_unpacked(size: int, packed: int, path: Path) -> None:
+    """Refuse a file of `packed` bytes that has given `size` bytes, far more than any text would.
+
+    Raises:
+        ProxsparseError: more than `_MAX_RATIO` times its size, and more than `_HARMLESS` bytes.
+    """
+    if size > max(_HARMLESS, _MAX_RATIO * packed):
+        raise ProxsparseError(
+            f"{path} unpacks to more than {_MAX_RATIO} times its size: that is no text; unpack it "
+            "yourself if it is meant so"
+        )
 
 
 def _open(data: bytes, suffix: str, path: Path) -> Any:

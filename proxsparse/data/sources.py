@@ -288,8 +288,8 @@ def refuse_unused(config: CalibrationConfig, words: str, *fields: str) -> None:
 def only_text(documents: Iterable[Any], words: str, tokenizer: Any) -> Iterator[str]:
     """The documents that say something; conversations are rendered, and None counts as blank."""
     for index, document in enumerate(documents):
-        if document is None:
-            continue
+        if document is None or (isinstance(document, list) and not document):
+            continue  # missing, or a conversation in which nobody speaks
         if is_conversation(document):
             document = render(document, tokenizer, f"{words}, item {index}")
         if not isinstance(document, str):

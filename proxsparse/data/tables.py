@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from proxsparse.data.chat import is_conversation
+from proxsparse.data.compressed import check_unpacked
 from proxsparse.errors import ProxsparseError
 
 TABLE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
 _TEXT_COLUMNS = ("text", "content", "document", "article", "raw_content", "code")
 _CHAT_COLUMNS = ("messages", "conversations")
+_ROWS_AT_ONCE = 32  # of Parquet, whose dictionaries may stand for far longer text
 _LONGEST_FIELD = 2**31 - 1  # of CSV; the module's own limit is 128 KiB
 
 
@@ -107,11 +109,29 @@ def _read_parquet(data: bytes, path: Path, wanted: str | None) -> list[Any]:
         file = parquet.ParquetFile(pa.BufferReader(data))
         columns = {field.name: kind_of(field.type) for field in file.schema_arrow}
         column = text_column(columns, wanted, str(path))
-        values = file.read(columns=[column]).column(column).to_pylist()
+        return _parquet_values(file, column, len(data), path)
+    except ProxsparseError:
+        raise  # a ValueError too, but it says already what is wrong
     except (OSError, pa.ArrowException, ValueError, KeyError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ProxsparseError(f"{path} is not a readable Parquet file: {reason}") from error
-    return [decoded(value, str(path)) for value in values]
+
+
+def _parquet_values(file: Any, column: str, packed: int, path: Path) -> list[Any]:
+    """The values of one column, read in small batches whose unpacked bytes are counted."""
+    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    check_unpacked(sum(chunk.total_uncompressed_size for chunk in chunks), packed, path)
+    values: list[Any] = []
+    size = 0
+    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+        array = batch.column(0)
+        array = getattr(array, "dictionary_decode", lambda array=array: array)()
+        size += array.nbytes
+        check_unpacked(size, packed, path)
+        values += (decoded(value, str(path)) for value in array.to_pylist())
+    return values
 
 
 def decoded(value: Any, words: str) -> Any:
