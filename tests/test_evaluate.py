@@ -97,6 +97,11 @@ def test_what_the_tokenizer_adds_begins_every_block(
     if prefix:
         with pytest.raises(ProxsparseError, match="use at least"):
             evaluate_perplexity(model, _TEXT, tokenizer, max_seq_length=len(prefix))
+    if len(prefix) > 1:  # a block of one token is refused for itself
+        config = CalibrationConfig(max_seq_length=len(prefix))
+        for source in ("self", [_TEXT]):
+            with pytest.raises(ProxsparseError, match="use at least 3"):
+                load_calibration(source, tokenizer, config, 1, model)
 
 
 def test_add_bos_token_counts_without_a_template() -> None:
@@ -119,7 +124,7 @@ def _rolling_windows(tokens: list[int], start: int, length: int) -> list[tuple[l
 
 @pytest.mark.parametrize("before", [(), ("<s>",)])
 @pytest.mark.parametrize("num_tokens", [1, 7, 16, 17, 32, 100])
-def test_rolling_is_lm_evals(before: tuple[str, ...], num_tokens: int, tiny_model: Any) -> None:
+def test_rolling_windows(before: tuple[str, ...], num_tokens: int, tiny_model: Any) -> None:
     model, tokenizer = tiny_model("llama"), _tokenizer(*before)
     text = " ".join(_TEXT.split()[:num_tokens])
     ids = tokenizer(text)["input_ids"]
@@ -133,9 +138,17 @@ def test_rolling_is_lm_evals(before: tuple[str, ...], num_tokens: int, tiny_mode
             model, text, tokenizer, max_seq_length=16, batch_size=batch_size
         )
         assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("before", [(), ("<s>",)])
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 100])
+def test_rolling_is_lm_evals(before: tuple[str, ...], num_tokens: int, tiny_model: Any) -> None:
     lm_eval = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
 
+    model, tokenizer = tiny_model("llama"), _tokenizer(*before)
+    text = " ".join(_TEXT.split()[:num_tokens])
+    got = rolling_log_likelihood(model, text, tokenizer, max_seq_length=16)
     theirs = lm_eval.HFLM(pretrained=model, tokenizer=tokenizer, max_length=16, batch_size=1)
     request = Instance("loglikelihood_rolling", {}, (text,), 0)
     assert got == pytest.approx(theirs.loglikelihood_rolling([request])[0], rel=1e-5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from proxsparse.data.tokenizing import added_prefix
+from proxsparse.data.tokenizing import added_prefix, check_room
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.positions import text_config
 from proxsparse.models.precision import autocast
@@ -36,12 +36,13 @@ def sample_texts(
     bos = getattr(tokenizer, "bos_token_id", None)
     bos = getattr(config, "bos_token_id", None) if bos is None else bos
     begin_with = added_prefix(tokenizer) or ([] if bos is None else [bos])
+    check_room(begin_with, length)
     size = config.vocab_size if tokenizer is None else min(config.vocab_size, len(tokenizer))
     per_batch = max(1, _SAMPLING_TOKENS // length)
     was_training = model.training
     model.eval()
     blocks = []
-    total = num_samples * (length - 1)
+    total = num_samples * (length - max(1, len(begin_with)))
     bar = tqdm(total=total, desc="sampling", unit="token", disable=None, leave=False)
     try:
         for begin in range(0, num_samples, per_batch):

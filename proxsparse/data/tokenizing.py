@@ -174,6 +174,19 @@ def added_prefix(tokenizer: Any) -> list[int]:
     return list(whole[:begin])
 
 
+def check_room(prefix: list[int], length: int) -> None:
+    """Refuse blocks of `length` tokens that the prefix alone would fill.
+
+    Raises:
+        ProxsparseError: `length` leaves no room for text.
+    """
+    if length <= len(prefix):
+        raise ProxsparseError(
+            f"--max-seq-length is {length}, but the tokenizer puts {len(prefix)} tokens before "
+            f"each block: use at least {len(prefix) + 1}"
+        )
+
+
 def with_prefix(tokens: Tensor, prefix: list[int], length: int) -> Tensor:
     """Tokens [T] as blocks [S, length], each of which begins with `prefix`.
 
@@ -183,12 +196,7 @@ def with_prefix(tokens: Tensor, prefix: list[int], length: int) -> Tensor:
     Raises:
         ProxsparseError: `length` leaves no room for text.
     """
-    room = length - len(prefix)
-    if room < 1:
-        raise ProxsparseError(
-            f"--max-seq-length is {length}, but the tokenizer puts {len(prefix)} tokens before "
-            f"each block: use at least {len(prefix) + 1}"
-        )
-    blocks = to_blocks(tokens, room)
+    check_room(prefix, length)
+    blocks = to_blocks(tokens, length - len(prefix))
     before = torch.tensor(prefix, dtype=torch.int64).expand(len(blocks), -1)
     return torch.cat((before, blocks), 1)
