@@ -26,6 +26,7 @@ from proxsparse.data.tables import (
     columns_in,
     decoded,
     kind_of,
+    read_parquet,
     read_table,
     text_column,
 )
@@ -219,9 +220,9 @@ def _read_file(path: Path, wanted: str | None) -> list[Any]:
     """The documents of one file, chosen by its suffix: the rows of a table, or the text as one."""
     suffix = _format(path)
     if suffix == ".parquet":
-        return read_table(unpack(_read_bytes(path), path), "", suffix, path, wanted)
+        return read_parquet(unpack(_read_bytes(path), path), path, wanted)
     text = _decode(path)
-    return read_table(b"", text, suffix, path, wanted) if suffix in TABLE_SUFFIXES else [text]
+    return read_table(text, suffix, path, wanted) if suffix in TABLE_SUFFIXES else [text]
 
 
 def _open_hub(name: str, config: CalibrationConfig) -> _Text:

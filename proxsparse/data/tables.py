@@ -20,21 +20,18 @@ _ROWS_AT_ONCE = 32  # of Parquet, whose dictionaries may stand for far longer te
 _LONGEST_FIELD = 2**31 - 1  # of CSV; the module's own limit is 128 KiB
 
 
-def read_table(data: bytes, text: str, suffix: str, path: Path, wanted: str | None) -> list[Any]:
-    """The text column of a table: strings, None where a value is missing, or conversations.
+def read_table(text: str, suffix: str, path: Path, wanted: str | None) -> list[Any]:
+    """The text column of a table of text: strings, None where a value is missing, or conversations.
 
     Args:
-        data: the file, for Parquet.
-        text: the same decoded, for all else.
-        suffix: the format, one of `TABLE_SUFFIXES`.
+        text: the file.
+        suffix: the format, one of `TABLE_SUFFIXES` but Parquet.
         path: the file's name, for errors.
         wanted: the column; None finds it.
 
     Raises:
         ProxsparseError: damaged, or no column that is clearly the text.
     """
-    if suffix == ".parquet":
-        return _read_parquet(data, path, wanted)
     rows = (
         _json_rows(text, path) if suffix in (".json", ".jsonl") else _csv_rows(text, suffix, path)
     )
@@ -98,7 +95,12 @@ def _choose(rows: list[tuple[int, dict[str, Any]]], wanted: str | None, path: st
     return [row[column] for _, row in rows]
 
 
-def _read_parquet(data: bytes, path: Path, wanted: str | None) -> list[Any]:
+def read_parquet(data: bytes, path: Path, wanted: str | None) -> list[Any]:
+    """The text column of a Parquet file, as for `read_table`.
+
+    Raises:
+        ProxsparseError: damaged, far larger than any text, or no column that is clearly the text.
+    """
     try:
         import pyarrow as pa
         from pyarrow import parquet

@@ -63,8 +63,11 @@ class PackedConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         memory: str | None = None,
     ) -> None:
-        entry = {"layers": layers, "format_version": format_version, "memory": memory}
-        entry["layers"] = list(layers) if isinstance(layers, tuple) else layers
+        entry = {
+            "layers": list(layers) if isinstance(layers, tuple) else layers,
+            "format_version": format_version,
+            "memory": memory,
+        }
         checked(PackedEntry, entry, "the quantization_config of the model")
         if format_version not in READABLE_FORMATS:
             raise ProxsparseError(

@@ -32,10 +32,7 @@ from proxsparse.jobs.recipe import Recipe
 from proxsparse.learning import distributed
 from proxsparse.models.checkpoint_files import open_checkpoint, write_checkpoint
 from proxsparse.models.files import check_room, is_full_disk, sync, sync_tree, write_text_whole
-from proxsparse.models.loading import (
-    LoadedModel,
-    save_model,
-)
+from proxsparse.models.loading import LoadedModel, save_model
 from proxsparse.models.masks import FILE, Masks, layer_report, targets_of
 from proxsparse.models.rewriting import FileTargets
 from proxsparse.models.targets import Targets

@@ -47,6 +47,7 @@ from proxsparse.models.loading import (
     resolve_device,
 )
 from proxsparse.models.masks import Masks, apply_masks_, model_fingerprint, targets_of
+from proxsparse.models.positions import text_config
 from proxsparse.models.precision import computing_in, resolve_dtype
 from proxsparse.models.rewriting import FileTargets
 from proxsparse.models.targets import Targets, find_targets
@@ -299,8 +300,7 @@ def load_data(source: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> 
         assert length is not None
         shape = (recipe.num_samples, length)
         random = torch.Generator().manual_seed(recipe.calibration.seed)
-        vocab_size = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
-        tokens = torch.randint(vocab_size, shape, generator=random)
+        tokens = torch.randint(text_config(model).vocab_size, shape, generator=random)
         return Calibration(tokens, "random tokens", tokens.numel(), tokens.numel(), "random")
     return load_calibration(source, tokenizer, recipe.calibration, recipe.num_samples, model)
 

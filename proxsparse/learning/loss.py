@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from proxsparse.models.forward import replacing_forward
+from proxsparse.models.positions import text_config
 from proxsparse.models.precision import autocast
 
 _log = logging.getLogger(__name__)
@@ -27,10 +28,10 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 Dense = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -> Tensor:
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy of tokens [B, L] given their predecessors, in float32."""
     logits = _logits(model, tokens)[:, :-1].flatten(0, 1)
-    return nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction=reduction)
+    return nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
 
 
 def chunked_next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _in_pieces(
     total: Callable[[Tensor, slice], Tensor], model: nn.Module, hidden: Tensor
 ) -> Tensor:
     """The sum of `total(hidden[rows], rows)` over rows of at most `LOGITS_AT_ONCE` logits."""
-    size = max(1, LOGITS_AT_ONCE // _vocab_size(model))
+    size = max(1, LOGITS_AT_ONCE // text_config(model).vocab_size)
     learned = [p for p in _head(model).parameters() if p.requires_grad]
     result: Tensor = _InPieces.apply(total, size, hidden, *learned)  # type: ignore[no-untyped-call]
     return result
@@ -180,8 +181,3 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _vocab_size(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(config.get_text_config().vocab_size)

@@ -16,6 +16,7 @@ from torch import nn
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.learning.loss import LOGITS_AT_ONCE
+from proxsparse.models.positions import text_config
 from proxsparse.models.precision import SMALL_MODEL
 from proxsparse.models.targets import Target, Targets
 
@@ -82,7 +83,7 @@ def estimate_memory(
     width = own if lean else 4
     # Float32 models compute in bfloat16 on a GPU.
     act = 2 if device.type == "cuda" else width
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    config = text_config(model)
     hidden, vocab = _hidden_size(config, targets), int(config.vocab_size)
     blocks: list[list[Target]] = [[] for _ in targets.blocks]
     for target in targets.layers:

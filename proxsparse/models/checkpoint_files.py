@@ -22,10 +22,11 @@ from typing import Any
 from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
+from proxsparse.models.masks import FILE, OLD_FILE
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-OURS = ("proxsparse.json", "proxsparse.masks", "masks.safetensors", "metrics.jsonl", "training.png")
+OURS = ("proxsparse.json", FILE, OLD_FILE, "metrics.jsonl", "training.png")
 # Forms of the weights before a job changed them: beside the new ones they would be another model.
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".npz"),
@@ -169,10 +170,10 @@ def _copy_side_files(source: CheckpointFiles, directory: Path, with_ours: bool) 
     left_out = []
     for path in sorted(_side_files(root, directory)):
         name = path.relative_to(root).as_posix()
-        if name in OURS and (is_ours or name == "masks.safetensors"):
+        if name in OURS and (is_ours or name == OLD_FILE):
             if not with_ours:
                 continue
-            name = name.replace("masks.safetensors", "proxsparse.masks")  # the old place
+            name = FILE if name == OLD_FILE else name
         elif name == "config.json" or name in source.weight_map.values() or name == INDEX:
             continue
         elif name.endswith(_WEIGHT_SUFFIXES):

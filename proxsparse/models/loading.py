@@ -15,6 +15,7 @@ from proxsparse.errors import ProxsparseError
 from proxsparse.models.checkpoint_files import INDEX, open_checkpoint, write_index
 from proxsparse.models.files import model_name
 from proxsparse.models.forms import check_config
+from proxsparse.models.positions import text_config
 from proxsparse.models.targets import Targets, check_in_memory
 
 
@@ -172,7 +173,7 @@ def check_causal(model: Any) -> None:
     if next(model.parameters()).is_meta:
         return
     tokens = torch.tensor([[5, *[6] * 7], [5, *[7] * 7]], device=model.device)
-    tokens %= model.config.get_text_config().vocab_size
+    tokens %= text_config(model).vocab_size
     try:
         logits = model(input_ids=tokens, use_cache=False).logits[:, 0].float()
     except Exception as error:  # whatever a model wants besides tokens, its job will say so

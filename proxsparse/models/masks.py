@@ -36,7 +36,7 @@ from proxsparse.ops import reference
 
 FORMAT = "proxsparse-masks-1"
 FILE = "proxsparse.masks"
-_OLD_FILE = "masks.safetensors"
+OLD_FILE = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Masks(Mapping[str, Tensor]):
 
 def mask_file(directory: Path) -> Path | None:
     """The mask file in a directory that we wrote, by its name of today or of old; None if none."""
-    files = (directory / name for name in (FILE, _OLD_FILE))
+    files = (directory / name for name in (FILE, OLD_FILE))
     return next((file for file in files if file.is_file()), None)
 
 
