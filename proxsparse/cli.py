@@ -226,7 +226,7 @@ def apply(
     console: Console,
 ) -> dict[str, Any]:
     """Put a mask file on its base model, bit-identically to what prune wrote."""
-    check_file(mask, "mask file")
+    check_file(mask, "mask file", or_directory=True)
     check_model(model)
     check_output(output)
     from proxsparse.jobs.prune import apply as run

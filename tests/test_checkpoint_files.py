@@ -267,3 +267,25 @@ def test_an_index_that_names_nothing_is_refused(llama: Path, tmp_path: Path) -> 
         (llama / "model.safetensors.index.json").write_text(text)
         with pytest.raises(ProxsparseError, match="cannot be read"):
             open_checkpoint(str(llama))
+
+
+@pytest.mark.parametrize("kind", ["above", "absolute", "through"])
+def test_nothing_is_written_where_an_index_leads_outside(
+    kind: str, llama: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "other.safetensors"
+    (llama / "model.safetensors").rename(outside)
+    (llama / "inside").mkdir()
+    name = {
+        "above": "../other.safetensors",
+        "absolute": str(outside),
+        "through": "inside/../../other.safetensors",
+    }[kind]
+    weight_map = dict.fromkeys(load_file(outside), name)
+    (llama / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    before = outside.read_bytes()
+    with pytest.raises(ProxsparseError, match="which lies outside it"):
+        prune(llama, tmp_path / "out")
+    assert outside.read_bytes() == before and not (tmp_path / "out").exists()

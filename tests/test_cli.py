@@ -54,9 +54,10 @@ def test_prune_inspect_apply_eval(tmp_path: Path) -> None:
     table = run("inspect", str(out))
     assert table.exit_code == 0 and "30 of 42 layers are 2:4" in table.output
 
-    mask = str(out / "proxsparse.masks")
-    assert run("apply", DEMO, "--mask", mask, "--output", str(again)).exit_code == 0
-    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    for place, mask in ((again, out / "proxsparse.masks"), (tmp_path / "third", out)):
+        assert run("apply", DEMO, "--mask", str(mask), "--output", str(place)).exit_code == 0
+        weights = (place / "model.safetensors").read_bytes()
+        assert weights == (out / "model.safetensors").read_bytes()
 
     figures = last_json(run("eval", str(out), "--data", str(text), "--json"))
     dense = last_json(run("eval", DEMO, "--data", str(text), "--json"))

@@ -48,6 +48,13 @@ def test_blocks_are_as_long_as_the_model_allows(
     assert wanda.calibration.max_seq_length == length
 
 
+@pytest.mark.parametrize("name", ["n_positions", "max_seq_len", "n_ctx"])
+def test_a_model_may_call_its_positions_otherwise(name: str) -> None:
+    config = SimpleNamespace(**{name: 512})
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert make_recipe().for_model(model).calibration.max_seq_length == 512
+
+
 def test_given_lengths_are_kept() -> None:
     recipe = make_recipe(max_seq_length=100, batch_size=3).for_model(model_of(512))
     assert (recipe.calibration.max_seq_length, recipe.learn.batch_size) == (100, 3)

@@ -72,7 +72,9 @@ class Recipe:
             model: the model; the meta device will do.
             num_processes: that share a step; the default batch size is a multiple of it.
         """
-        positions = getattr(_text_config(model), "max_position_embeddings", None)
+        from proxsparse.models.positions import num_positions  # settings come before torch
+
+        positions = num_positions(model)
         length = self.calibration.max_seq_length or min(
             positions or _MAX_SEQ_LENGTH, _MAX_SEQ_LENGTH
         )
@@ -155,11 +157,6 @@ def make_recipe(method: str | None = None, preset: str | None = None, **settings
         replace(RunConfig(), values),
         replace(chosen.config(), values),
     )
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config()
 
 
 def _count(tokens: str | int) -> int:

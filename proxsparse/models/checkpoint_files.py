@@ -13,10 +13,10 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import Tensor
@@ -76,16 +76,34 @@ def open_checkpoint(name: str, revision: str | None = None) -> CheckpointFiles:
         else:
             index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
             names = set(index["weight_map"].values())
+        _check_file_names(names, name)
         weight_map = {}
         for file_name in sorted(names):
             with safe_open(str(directory / file_name), framework="pt") as file:
                 weight_map.update(dict.fromkeys(file.keys(), file_name))
+    except ProxsparseError:
+        raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProxsparseError(
             f"the safetensors files of {name} cannot be read ({error}): a checkpoint has "
             f"{WEIGHTS}, or the files that its {INDEX} names"
         ) from error
     return CheckpointFiles(directory, weight_map)
+
+
+def _check_file_names(names: Iterable[str], checkpoint: str) -> None:
+    """Refuse an index whose files lie elsewhere: a result would be written there as well.
+
+    Raises:
+        ProxsparseError: names the first such file.
+    """
+    for name in names:
+        parts = PurePath(name).parts
+        if PurePath(name).is_absolute() or ".." in parts or not parts:
+            raise ProxsparseError(
+                f"the {INDEX} of {checkpoint} names the file {name!r}, which lies outside it: a "
+                "checkpoint's files are in its directory"
+            )
 
 
 def read_tensor(files: CheckpointFiles, name: str) -> Tensor:
