@@ -520,6 +520,8 @@ def eval_(
 ) -> dict[str, Any]:
     """Measure perplexity on a text, and lm-eval tasks if asked for."""
     check_model(model)
+    if data not in (None, "stdlib"):
+        check_file(data, "text", or_directory=True)
     from proxsparse.jobs.evaluate import evaluate_model
 
     _quiet_transformers()

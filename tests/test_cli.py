@@ -96,6 +96,8 @@ def test_errors_are_one_sentence_and_exit_code_1(
 def test_eval_needs_something_to_evaluate() -> None:
     result = run("eval", DEMO)
     assert result.exit_code == 1 and "give --data FILE" in result.stderr
+    result = run("eval", DEMO, "--data", "missing.txt")
+    assert result.exit_code == 1 and "there is no text missing.txt" in result.stderr
 
 
 def test_eval_tasks_without_lm_eval(monkeypatch: Any) -> None:
