@@ -165,10 +165,13 @@ def is_ours(partial: Path) -> bool:
     """Whether a directory has the marker of a run, or nothing yet."""
     if partial.is_symlink() or not partial.is_dir():
         return False
-    if (partial / MARKER).is_file():
+    # Another run may be at work: it names the marker before it writes anything else, so that what
+    # was listed without one is empty but for what a kill before that has left.
+    try:
+        names = {path.name for path in partial.iterdir()}
+    except FileNotFoundError:  # it has its final name by now
         return True
-    # Killed between making the directory and naming the marker.
-    return {path.name for path in partial.iterdir()} <= {MARKER + ".tmp"}
+    return names <= {MARKER, MARKER + ".tmp"} or (partial / MARKER).is_file()
 
 
 def worth_keeping(partial: Path) -> bool:

@@ -7,6 +7,7 @@ can hold. It gets its name in one step, when every byte of it is on the disk.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -148,8 +149,8 @@ def claim(partial: Path, identity: str) -> None:
 
 
 def _mark(partial: Path, **changes: Any) -> None:
-    marker = read_marker(partial).model_copy(update=changes)
-    write_text_whole(partial / MARKER, marker.model_dump_json(indent=2) + "\n")
+    marker = dataclasses.replace(read_marker(partial), **changes)
+    write_text_whole(partial / MARKER, json.dumps(dataclasses.asdict(marker), indent=2) + "\n")
 
 
 def _publish(partial: Path, final: Path) -> None:

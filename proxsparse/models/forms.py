@@ -1,15 +1,23 @@
 """The forms of the JSON that proxsparse reads back: checked once, and typed from then on.
 
-Every such file may come from a stranger or a broken disk. pydantic names the field and the rule;
-here its finding becomes one sentence. Nothing is converted: "4" is not 4.
+Every such file may come from a stranger or a broken disk. A form is a dataclass; `checked` compares
+a value with its annotations and names the first field that is missing or of another kind. Nothing
+is converted: "4" is not 4. Fields that a form does not name are left alone: newer versions may have
+more.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, Json, TypeAdapter, ValidationError
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.files import read_json
@@ -17,56 +25,80 @@ from proxsparse.models.files import read_json
 _MOST_LAYERS = 2048  # a model is built layer by layer before its weights are looked for
 _MOST_OF_ANYTHING = 2**40
 _MOST = 2**48  # no side of a tensor is larger; keeps products of sides from growing without bound
-Side = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
-Shape = Annotated[list[Side], Field(min_length=1, max_length=8)]
-# Keys are looked up among a model's own; they are never patterns, paths or code.
-Shapes = TypeAdapter(dict[str, Shape])
 
 
-class _Form(BaseModel):
-    """A form whose further fields are kept as they are: newer versions may have more."""
+@dataclass(frozen=True)
+class _Is:
+    """A rule beyond the type, in `Annotated`."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    holds: Callable[[Any], bool]
+    text: str
 
 
-class LayerEntry(_Form):
+class _Json:
+    """In `Annotated`: a string that holds JSON of the annotated type."""
+
+
+def _between(low: float, high: float) -> _Is:
+    return _Is(lambda value: low <= value <= high, f"it has to be from {low} to {high}")
+
+
+def _digits(pattern: str) -> _Is:
+    return _Is(
+        lambda value: re.fullmatch(pattern, value) is not None, "it has to be a whole number"
+    )
+
+
+Side = Annotated[int, _between(0, _MOST)]
+Shape = Annotated[
+    list[Side], _Is(lambda value: 1 <= len(value) <= 8, "it has to have 1 to 8 sides")
+]
+
+
+@dataclass(frozen=True)
+class LayerEntry:
     """One layer in a report."""
 
     name: str
     shape: Shape
-    overlap_with_magnitude: Annotated[float, Field(ge=0, le=1)] | None = None
+    overlap_with_magnitude: Annotated[float, _between(0, 1)] | None = None
 
 
-class Report(_Form):
+@dataclass(frozen=True)
+class Report:
     """`proxsparse.json`, as far as any command relies on it."""
 
     format: str
     storage: Literal["dense", "packed", ""] = "dense"
-    layers: list[LayerEntry] = []
-    left_dense: dict[str, str] = {}
+    layers: list[LayerEntry] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
 
 
-class MaskHeader(_Form):
+@dataclass(frozen=True)
+class MaskHeader:
     """The metadata of a mask file; safetensors knows strings only, so values are JSON in them."""
 
     format: str
-    shapes: Json[dict[str, Shape]]
-    recipe: Json[dict[str, Any]] = {}
+    # Keys are looked up among a model's own; they are never patterns, paths or code.
+    shapes: Annotated[dict[str, Shape], _Json]
+    recipe: Annotated[dict[str, Any], _Json] = field(default_factory=dict)
     base_id: str = ""
     base_fingerprint: str = ""
-    weights_updated: Json[bool] = False
+    weights_updated: Annotated[bool, _Json] = False
 
 
-class CheckpointHeader(_Form):
+@dataclass(frozen=True)
+class CheckpointHeader:
     """The metadata of a checkpoint: of one that a single process wrote, or of a part."""
 
-    step: Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+    step: Annotated[str, _digits(r"[0-9]{1,9}")]
     recipe: str
-    part: Annotated[str, Field(pattern=r"^[0-9]{1,5}$")] = "0"
-    parts: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}$")] = "1"
+    part: Annotated[str, _digits(r"[0-9]{1,5}")] = "0"
+    parts: Annotated[str, _digits(r"[1-9][0-9]{0,4}")] = "1"
 
 
-class RunMarker(_Form):
+@dataclass(frozen=True)
+class RunMarker:
     """The marker in an unfinished output: whose it is.
 
     Attributes:
@@ -84,7 +116,8 @@ class RunMarker(_Form):
     pid: int = 0
 
 
-class PackedEntry(_Form):
+@dataclass(frozen=True)
+class PackedEntry:
     """The `quantization_config` of a packed model."""
 
     layers: list[str]
@@ -94,14 +127,14 @@ class PackedEntry(_Form):
     quant_method: str = ""
 
 
-_F = TypeVar("_F", bound=_Form)
+_F = TypeVar("_F")
 
 
 def checked(form: type[_F], value: Any, name: str) -> _F:
     """A JSON value as `form`.
 
     Args:
-        form: what it must be.
+        form: a dataclass of this module.
         value: the parsed JSON.
         name: what an error calls it.
 
@@ -109,9 +142,82 @@ def checked(form: type[_F], value: Any, name: str) -> _F:
         ProxsparseError: names the first field that is missing or of another kind.
     """
     try:
-        return form.model_validate(value)
-    except (ValidationError, RecursionError) as error:
-        raise ProxsparseError(f"{name} {_why(error)}: it is damaged, or of another kind") from error
+        read: _F = _read(form, value, ())
+    except (_Wrong, RecursionError) as error:
+        why = error if isinstance(error, _Wrong) else "is nested too deeply"
+        raise ProxsparseError(f"{name} {why}: it is damaged, or of another kind") from error
+    return read
+
+
+class _Wrong(Exception):
+    def __init__(self, place: tuple[str, ...], rule: str) -> None:
+        shown = ".".join(place) or "as a whole"
+        shown = shown if len(shown) <= 120 else shown[:120] + "..."
+        super().__init__(f"has a field of the wrong form ({shown}: {rule})")
+
+
+def _read(hint: Any, value: Any, place: tuple[str, ...]) -> Any:
+    """`value` as the annotation says, with dataclasses in the place of objects."""
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Annotated:
+        return _read_annotated(arguments[0], arguments[1:], value, place)
+    if kind in (types.UnionType, typing.Union):  # T | None, the only one there is
+        return None if value is None else _read(arguments[0], value, place)
+    if kind is Any:
+        return value
+    if kind is Literal:
+        if not any(type(value) is type(known) and value == known for known in arguments):
+            raise _Wrong(place, f"it has to be one of {', '.join(map(repr, arguments))}")
+        return value
+    if is_dataclass(kind):
+        return _read_form(kind, value, place)
+    allowed = (int, float) if kind is float else (kind,)
+    if type(value) not in allowed:  # so that True is no number
+        raise _Wrong(place, f"it has to be {_JSON_NAMES[kind]}")
+    if kind is list:
+        return [_read(arguments[0], x, (*place, str(i))) for i, x in enumerate(value)]
+    if kind is dict:
+        return {key: _read(arguments[1], x, (*place, key)) for key, x in value.items()}
+    if kind is float and not math.isfinite(value):
+        raise _Wrong(place, "it has to be finite")
+    return value
+
+
+_JSON_NAMES = {
+    **{str: "a string", int: "a whole number", float: "a number"},
+    **{bool: "true or false", list: "a list", dict: "an object"},
+}
+
+
+def _read_annotated(hint: Any, rules: tuple[Any, ...], value: Any, place: tuple[str, ...]) -> Any:
+    if _Json in rules:
+        try:
+            value = json.loads(_read(str, value, place))
+        except ValueError:
+            raise _Wrong(place, "it has to be JSON") from None
+    read = _read(hint, value, place)
+    for rule in rules:
+        if isinstance(rule, _Is) and not rule.holds(read):
+            raise _Wrong(place, rule.text)
+    return read
+
+
+def _read_form(form: Any, value: Any, place: tuple[str, ...]) -> Any:
+    if type(value) is not dict:
+        raise _Wrong(place, "it has to be an object")
+    found = {}
+    for known in fields(form):
+        if known.name in value:
+            hint = _annotations(form)[known.name]
+            found[known.name] = _read(hint, value[known.name], (*place, known.name))
+        elif known.default is MISSING and known.default_factory is MISSING:
+            raise _Wrong((*place, known.name), "it is missing")
+    return form(**found)
+
+
+@functools.cache
+def _annotations(form: Any) -> dict[str, Any]:
+    return typing.get_type_hints(form, include_extras=True)
 
 
 def read_report(directory: Path) -> dict[str, Any] | None:
@@ -156,12 +262,3 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
             )
         if isinstance(value, dict):
             _check_numbers(value, path)
-
-
-def _why(error: ValidationError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "is nested too deeply"
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"])) or "as a whole"
-    shown = place if len(place) <= 120 else place[:120] + "..."
-    return f"has a field of the wrong form ({shown}: {first['msg']})"
