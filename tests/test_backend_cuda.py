@@ -650,9 +650,8 @@ def test_threads_have_their_own_handles() -> None:
 
 
 @sparse_tc
+@pytest.mark.two_gpus
 def test_a_second_device() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     layer = Layer(512, 1024)
     x = randn(1024, 1024)
     forms = (x, layer.values, layer.codes, layer.bias, layer.compressed, layer.dense)
