@@ -261,11 +261,14 @@ def pruned_report(
         masks: how.
         **fields: what this job alone has to say.
     """
+    origin = {"id": base.id, "revision": base.revision, "fingerprint": fingerprint}
+    if base.dequantised_from is not None:
+        origin["dequantised_from"] = base.dequantised_from
     return {
         "format": FORMAT,
         "storage": "dense",
         "recipe": dict(recipe),
-        "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
+        "base": origin,
         "versions": versions(),
         **fields,
         "layers": layer_report(targets, masks),
@@ -301,7 +304,7 @@ def write_result(
     """Write a pruned model, its masks, its report and its training plot into `directory`.
 
     The rest of the checkpoint that the model was read from comes along bitwise. One that was made
-    (`random_init`) is written as transformers has it.
+    (`random_init`, GGUF) is written as transformers has it.
     """
     if base.is_made:
         save_model(base.model, base.tokenizer, directory)

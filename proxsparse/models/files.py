@@ -25,7 +25,7 @@ def model_name(model: str | os.PathLike[str]) -> str:
     """The name to hand to transformers, once it is not a local path that leads nowhere.
 
     Args:
-        model: a local directory, a config.json or a name on the Hugging Face Hub.
+        model: a local directory, a config.json, a GGUF file or a name on the Hugging Face Hub.
 
     Raises:
         ProxsparseError: it looks like a path, and no model lies there.
@@ -35,6 +35,7 @@ def model_name(model: str | os.PathLike[str]) -> str:
         path = Path(name).expanduser()
         looks_local = looks_like_path(name) or path.exists()
         found = path.suffix == ".json" or (path / "config.json").is_file()
+        found = found or find_gguf(path) is not None
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, an unknown user
         raise ProxsparseError(f"{name!r} cannot be the name of a model: {error}") from error
     if not looks_local:
@@ -45,6 +46,24 @@ def model_name(model: str | os.PathLike[str]) -> str:
             f"{path} {what}: give the directory of a Hugging Face model, or its name on the Hub"
         )
     return str(path)
+
+
+def find_gguf(model: Path) -> Path | None:
+    """The GGUF file that a path is, or that is all the weights a directory has; else None.
+
+    Raises:
+        ProxsparseError: the directory has several, and which one is meant is not known.
+    """
+    if model.is_file():
+        with open(model, "rb") as file:
+            return model if file.read(4) == b"GGUF" else None
+    if not model.is_dir() or any(model.glob("*.safetensors*")):
+        return None
+    files = sorted(model.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise ProxsparseError(f"{model} holds several GGUF files ({names}): name the one to read")
+    return files[0] if files else None
 
 
 def looks_like_path(name: str) -> bool:

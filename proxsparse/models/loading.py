@@ -15,6 +15,7 @@ from proxsparse.errors import ProxsparseError
 from proxsparse.models.checkpoint_files import INDEX, open_checkpoint, write_index
 from proxsparse.models.files import model_name
 from proxsparse.models.forms import check_config
+from proxsparse.models.gguf import dequantising, gguf_arguments, quantised_types
 from proxsparse.models.positions import text_config
 from proxsparse.models.targets import Targets, check_in_memory
 
@@ -23,7 +24,8 @@ from proxsparse.models.targets import Targets, check_in_memory
 class LoadedModel:
     """A causal LM with its tokenizer and where it came from.
 
-    `is_made` says that no file holds its weights: they are random.
+    `is_made` says that no safetensors file holds its weights: they are random, or dequantised from
+    a GGUF file of the types `dequantised_from`.
     """
 
     model: Any
@@ -31,6 +33,7 @@ class LoadedModel:
     id: str
     revision: str | None
     is_made: bool = False
+    dequantised_from: str | None = None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -56,7 +59,7 @@ def build_model(model: str | os.PathLike[str], device: torch.device) -> Any:
     A packed model comes as the dense one of its shape.
 
     Args:
-        model: a local directory, a config.json or a name on the Hugging Face Hub.
+        model: a local directory, a config.json, a GGUF file or a name on the Hugging Face Hub.
         device: where to make it.
 
     Raises:
@@ -66,11 +69,15 @@ def build_model(model: str | os.PathLike[str], device: torch.device) -> Any:
 
     name = model_name(model)
     try:
-        check_config(Path(name))
-        config = AutoConfig.from_pretrained(name)
+        place, gguf = gguf_arguments(name)
+        if not gguf:
+            check_config(Path(name))
+        config = AutoConfig.from_pretrained(place, **gguf)
         with device:
             build: Any = AutoModelForCausalLM.from_config
-            built = build(config, dtype=config.dtype)
+            built = build(config, dtype=torch.bfloat16 if gguf else config.dtype)
+    except ProxsparseError:
+        raise
     except Exception as error:  # a stranger's files can fail in any line of transformers
         raise ProxsparseError(
             f"{name} cannot be loaded as a causal language model: {_first_lines(error)}"
@@ -81,10 +88,11 @@ def build_model(model: str | os.PathLike[str], device: torch.device) -> Any:
 def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedModel:
     """Load a causal LM (safetensors only, its own dtype) and its tokenizer.
 
-    Weights go from the file to the device one by one; there is never a second copy.
+    Weights go from the file to the device one by one; there is never a second copy. Those of a
+    GGUF file are dequantised to bfloat16 in the CPU's memory first.
 
     Args:
-        model: a local directory or a name on the Hugging Face Hub.
+        model: a local directory, a GGUF file or a name on the Hugging Face Hub.
         device: where to put it.
 
     Raises:
@@ -94,20 +102,22 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
 
     name = model_name(model)
     try:
-        check_config(Path(name))
-        config = AutoConfig.from_pretrained(name)
+        place, gguf = gguf_arguments(name)
+        if not gguf:
+            check_config(Path(name))
+        config = AutoConfig.from_pretrained(place, **gguf)
         _check_config(name, config)
         architectures = tuple(getattr(config, "architectures", None) or ())
         result: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            place,
             config=config,
-            dtype="auto",
-            use_safetensors=True,
+            dtype=torch.bfloat16 if gguf else "auto",
+            use_safetensors=not gguf,
             output_loading_info=True,
-            device_map={"": device},
+            **({**gguf, **dequantising()} if gguf else {"device_map": {"": device}}),
         )
         loaded, info = result
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(place, **gguf)
     except ProxsparseError:
         raise
     except Exception as error:  # as above
@@ -121,8 +131,22 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
             "the checkpoint is incomplete, or of another architecture"
         )
     _check_class(name, architectures, loaded)
+    if gguf:
+        return _dequantised(loaded.to(device, torch.bfloat16), tokenizer, name)
     revision = getattr(loaded.config, "_commit_hash", None)
     return LoadedModel(loaded, tokenizer, name, revision)
+
+
+def _dequantised(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+    """What a GGUF file stands for; some versions of transformers keep on calling it quantised."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = model.quantization_method = None
+    model.is_quantized = False
+    types = quantised_types(name)
+    logging.getLogger(__name__).info(
+        "%s is quantised (%s); what is read is its dequantised bfloat16 model", name, types
+    )
+    return LoadedModel(model.eval(), tokenizer, name, None, is_made=True, dequantised_from=types)
 
 
 def _check_config(name: str, config: Any) -> None:
