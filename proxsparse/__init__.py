@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from proxsparse.inference.sparsify import densify_, sparsify_
     from proxsparse.jobs.evaluate import evaluate_perplexity
     from proxsparse.jobs.prune import PruneResult, learn_masks, prune
+    from proxsparse.jobs.recover import recover
     from proxsparse.models.masks import Masks, apply_masks_, keep_masks_, masks_of
 
 try:
@@ -49,6 +50,7 @@ _HOME = {
     "learn_masks": "jobs.prune",
     "masks_of": "models.masks",
     "prune": "jobs.prune",
+    "recover": "jobs.recover",
     "sparsify_": "inference.sparsify",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "learn_masks",
     "masks_of",
     "prune",
+    "recover",
     "sparsify_",
 ]
 

@@ -26,7 +26,13 @@ from proxsparse.config import (
     choices_of,
 )
 from proxsparse.errors import Interrupted, ProcessLost, ProxsparseError
-from proxsparse.jobs.checks import check_file, check_model, check_output, check_prune
+from proxsparse.jobs.checks import (
+    check_file,
+    check_model,
+    check_output,
+    check_prune,
+    check_recover,
+)
 from proxsparse.learning import launcher
 
 app = typer.Typer(
@@ -38,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_IN_SEVERAL_PROCESSES = ("prune", "env")
+_IN_SEVERAL_PROCESSES = ("prune", "recover", "env")
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 _Output = Annotated[str, typer.Option("--output", "-o", help="Directory to create.")]
 
@@ -52,7 +58,9 @@ _KeepDense = Annotated[
 ]
 
 
-def _settings(*groups: tuple[str, type[Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _settings(
+    *groups: tuple[str, type[Any]], without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one flag for each field of each (panel title, dataclass), default None.
 
     None means "not given", so that presets and methods can supply their own value; the real default
@@ -66,7 +74,7 @@ def _settings(*groups: tuple[str, type[Any]]) -> Callable[[Callable[..., Any]], 
         for panel, config in groups:
             hints = typing.get_type_hints(config)
             for field in dataclasses.fields(config):
-                if field.name not in flags:
+                if field.name not in (*flags, *without):
                     flags[field.name] = _flag(field, hints[field.name], panel)
         parameters = [*own, *flags.values()]
         function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -208,6 +216,53 @@ def prune(
     console.print(
         f"{report['recipe']['method']}: {len(report['layers'])} layers pruned to 2:4 in "
         f"{report['seconds']:.1f} s, written to {output}",
+        highlight=False,
+    )
+    return {"output": output, **report}
+
+
+@_command
+@_settings(
+    ("Calibration", CalibrationConfig),
+    ("Learning", LearnConfig),
+    ("Machine", RunConfig),
+    without=("lam", "random_init"),
+)
+def recover(
+    model: Annotated[str, typer.Argument(help="A pruned model, directory or Hub name.")],
+    *,
+    base: Annotated[str, typer.Option(help="The dense model it came from.")],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Directory to create [default: MODEL-recovered]."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the same job.")
+    ] = False,
+    console: Console,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train the kept weights of a pruned model on, towards the dense one; the masks stay.
+
+    --lr is in units of the kept weights of a layer, and need not be given.
+
+    Example: proxsparse recover ./llama-2to4 --base ./llama --calibration text.txt --tokens 25M
+    """
+    output = check_recover(model, base, output, resume=resume, **settings)
+    from proxsparse.jobs.recover import recover as run
+
+    _quiet_transformers()
+    report = run(model, base, output, resume=resume, **settings).report
+    if not report:  # not the main process
+        return {}
+    console.print(
+        f"calibration: {report['data']['samples']:,} blocks, {report['data']['tokens']:,} tokens "
+        f"from {report['data']['source']}",
+        highlight=False,
+    )
+    console.print(
+        f"the kept weights of {len(report['layers'])} layers are no longer those of {base}; "
+        f"recovered in {report['seconds']:.1f} s, written to {output}",
         highlight=False,
     )
     return {"output": output, **report}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.recipe import make_recipe
 from proxsparse.learning.launcher import require_one_process
+from proxsparse.methods import RECOVERY
 from proxsparse.models.files import looks_like_path, model_name, read_json
 
 if TYPE_CHECKING:
@@ -39,11 +40,50 @@ def check_prune(
     recipe = make_recipe(method, preset, **settings)
     if not recipe.method.learned:
         require_one_process(f"method {recipe.method.name}")
-    source = recipe.calibration.calibration
-    if recipe.method.needs_data and looks_like_path(source):
-        check_file(source, "calibration text", or_directory=True)
+    if recipe.method.needs_data:
+        _check_text(recipe.calibration.calibration)
     check_model(model)
     check_output(output, resume=resume)
+
+
+def check_recover(
+    model: str, base: str, output: str | None, *, resume: bool, **settings: Any
+) -> str:
+    """Settings, models and output of a recovery; returns where the output goes.
+
+    Raises:
+        ProxsparseError: as for `check_prune`, or a setting that a recovery has no use for.
+    """
+    recipe = make_recipe(RECOVERY, **recovery_settings(settings))
+    _check_text(recipe.calibration.calibration)
+    check_model(model)
+    check_model(base)
+    output = recovery_output(model) if output is None else output
+    check_output(output, resume=resume)
+    return output
+
+
+def recovery_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recovery, without those that were not given.
+
+    Raises:
+        ProxsparseError: one that it has no use for.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key in ("targets", "ignore", "lam", "random_init"):
+        if given.pop(key, None):
+            raise ProxsparseError(f"{key} is not used by recover: drop it")
+    return given
+
+
+def recovery_output(model: str | os.PathLike[str]) -> str:
+    """Where a recovered model goes if nothing is said: beside the pruned one."""
+    return os.path.normpath(os.path.expanduser(os.fspath(model))) + "-recovered"
+
+
+def _check_text(source: str) -> None:
+    if looks_like_path(source):
+        check_file(source, "calibration text", or_directory=True)
 
 
 def check_model(model: str | os.PathLike[str]) -> None:

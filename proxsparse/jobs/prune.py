@@ -186,7 +186,7 @@ def prune(
             fingerprint,
             targets,
             masks,
-            data=_data_report(data),
+            data=data_report(data),
             weights_updated=recipe.method.updates_weights(recipe.options),
             seconds=round(time.perf_counter() - began, 2),
         )
@@ -305,7 +305,8 @@ def load_data(source: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> 
     return load_calibration(source, tokenizer, recipe.calibration, recipe.num_samples, model)
 
 
-def _data_report(data: Calibration | None) -> dict[str, Any] | None:
+def data_report(data: Calibration | None) -> dict[str, Any] | None:
+    """What `proxsparse.json` says of the text; None where there was none."""
     if data is None:
         return None
     return {
@@ -326,8 +327,9 @@ def run_method(
     checkpoints: Checkpoints | None = None,
     metrics: Path | None = None,
     resume: bool = False,
+    run: Callable[[Job], Masks] | None = None,
 ) -> tuple[Masks, list[dict[str, float]]]:
-    """Run a recipe's method on a model in memory.
+    """Run a recipe's method on a model in memory, or `run` in its place.
 
     Returns:
         The masks (not yet applied), and the history of a learned method. The model's weights are
@@ -355,7 +357,7 @@ def run_method(
             computing_in(model, None if distributed.world_size() > 1 else dtype),
             tracking(recipe, metrics) as job.track,
         ):
-            masks = recipe.method.run(job)
+            masks = (run or recipe.method.run)(job)
     except torch.OutOfMemoryError as error:
         modes = list(recipe.method.memory)
         less = modes[modes.index(memory) + 1 :] if memory else []

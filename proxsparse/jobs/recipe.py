@@ -111,11 +111,13 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make_recipe(method: str | None = None, preset: str | None = None, **settings: Any) -> Recipe:
+def make_recipe(
+    method: str | Method | None = None, preset: str | None = None, **settings: Any
+) -> Recipe:
     """Resolve a method's name, a preset and flat settings into a `Recipe`.
 
     Args:
-        method: name of a method; default the preset's, else "gates".
+        method: a method or its name; default the preset's, else "gates".
         preset: a key of `PRESETS`; settings given explicitly win over it.
         **settings: fields of the config dataclasses; None means not given.
 
@@ -141,7 +143,7 @@ def make_recipe(method: str | None = None, preset: str | None = None, **settings
             )
         _count(given["tokens"])
     values.update(given)
-    chosen = get_method(method or "gates")
+    chosen = method if isinstance(method, Method) else get_method(method or "gates")
     used: list[type[Any]] = [TargetConfig, RunConfig, chosen.config]
     used += [CalibrationConfig] if chosen.needs_data else []
     used += [LearnConfig] if chosen.learned else []

@@ -84,7 +84,12 @@ def learn(job: Job, rule: Rule) -> Masks:
             _loop(run, done, stop)
         masks = Masks()
         for t in layers:
-            masks.add(t, distributed.all_rows(ops.mask_2to4(run.weight(t)), t.shape))
+            weight = run.weight(t)
+            mask = ops.mask_2to4(run.score(t, weight))
+            masks.add(t, distributed.all_rows(mask, t.shape))
+            if rule.learned is not None:
+                whole = distributed.all_rows(weight, t.shape)
+                rule.learned[t.name] = whole.to("cpu", copy=True)
     finally:
         if not rule.on_demand:
             for t in layers:
@@ -180,12 +185,16 @@ class _Run:
 
     @torch.no_grad()
     def weight(self, target: Target) -> Tensor:
-        """The weight to compute with now, [N, K] or [E, N, K]; its top two per group are kept."""
+        """The weight to compute with now, [N, K] or [E, N, K]."""
         w = target.weight()
         if self.rule.on_demand:
             w = torch.empty_like(w, memory_format=torch.contiguous_format)
             self.write(target, w)
         return w
+
+    def score(self, target: Target, weight: Tensor) -> Tensor:
+        """What decides the mask of a layer that computes with `weight`."""
+        return self.rule.score(self.w0[target.name], self.states[target.name], weight)
 
     def step(self, batch: Tensor, loss: Loss) -> Tensor:
         """Forward, backward and the update of every layer; returns the loss.
@@ -226,9 +235,11 @@ class _Run:
         """
         counts = []
         for i, part in enumerate(_parts(self.job.targets.layers)):
-            groups = _joined([self.rule.variable(self.states[t.name]) for t in part]).view(-1, 4)
+            variables = [self.rule.variable(self.w0[t.name], self.states[t.name]) for t in part]
+            groups = _joined(variables).view(-1, 4)
             good = (groups != 0).sum(-1, dtype=torch.uint8).le(2).sum()
-            bits = _pack_bits(ops.mask_2to4(_joined([self.weight(t) for t in part])))
+            scores = [self.score(t, self.weight(t)) for t in part]
+            bits = _pack_bits(ops.mask_2to4(_joined(scores)))
             flipped = _unpack_bits(bits ^ self.mask_bits.get(i, bits)).sum()
             self.mask_bits[i] = bits
             counts.append(torch.stack((good, flipped)))

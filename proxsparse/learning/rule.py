@@ -44,12 +44,15 @@ class Rule(abc.ABC):
             all of them have to exist at once.
         on_demand: the model keeps w0 and its weights are made block by block, when they are needed;
             else it holds the current ones, and w0 is a copy. Not together with max_grad_norm.
+        learned: if not None, target name -> the weight in the end, whole and on the CPU, which the
+            loop puts here; else it is thrown away.
     """
 
     lr: float
     distils: bool = True
     max_grad_norm: float | None = None
     on_demand: bool = False
+    learned: dict[str, Tensor] | None = None
 
     @abc.abstractmethod
     def start(self, target: Target, w0: Tensor) -> State:
@@ -64,7 +67,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
-        """Write the weight to compute with into `out`; in the end its top two per group are kept.
+        """Write the weight to compute with into `out`.
 
         `out` is like w0, and not contiguous where the model stores the transpose.
         """
@@ -76,5 +79,12 @@ class Rule(abc.ABC):
         """One step: change the state in place, and write the new weight if `out` is given."""
 
     @abc.abstractmethod
-    def variable(self, state: State) -> Tensor:
+    def variable(self, w0: Tensor, state: State) -> Tensor:
         """The tensor that the regulariser drives to 2:4."""
+
+    def score(self, w0: Tensor, state: State, weight: Tensor) -> Tensor:
+        """What decides the mask, like `weight`, which is what `weight_` writes: by default that.
+
+        The two of largest magnitude in each group are kept.
+        """
+        return weight

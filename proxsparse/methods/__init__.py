@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from proxsparse.config import METHOD_OPTIONS
+from proxsparse.config import METHOD_OPTIONS, NoOptions
 from proxsparse.errors import ProxsparseError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Method:
         summary: one line for --help.
         learned: whether it runs the optimiser loop (and takes `LearnConfig`).
         needs_data: whether it looks at calibration text (and takes `CalibrationConfig`).
+        changes_weights: whether the kept weights change whatever its options.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Method:
     summary: str
     learned: bool = False
     needs_data: bool = True
+    changes_weights: bool = False
 
     def run(self, job: Job) -> Masks:
         """The masks of a job.
@@ -59,11 +61,11 @@ class Method:
     @property
     def config(self) -> type[Any]:
         """The dataclass of its own options."""
-        return METHOD_OPTIONS[self.name]
+        return METHOD_OPTIONS.get(self.name, NoOptions)
 
     def updates_weights(self, options: Any) -> bool:
         """Whether the kept weights change under these options."""
-        return not getattr(options, "mask_only", True)
+        return self.changes_weights or not getattr(options, "mask_only", True)
 
 
 METHODS = {
@@ -78,6 +80,15 @@ METHODS = {
         Method("magnitude", "magnitude", "largest weights; needs no data", needs_data=False),
     )
 }
+
+# What the command recover runs: it takes masks and makes none, so it is no choice of --method.
+RECOVERY = Method(
+    "recover",
+    "recovery",
+    "the kept weights learn on, towards the dense model",
+    learned=True,
+    changes_weights=True,
+)
 
 
 def get_method(name: str) -> Method:

@@ -105,7 +105,7 @@ class _Gates(Rule):
         else:
             _fill(out, step)
 
-    def variable(self, state: State) -> Tensor:
+    def variable(self, w0: Tensor, state: State) -> Tensor:
         return state["s"]
 
 

@@ -81,7 +81,7 @@ class _ProxAdamW(Rule):
         if out is not None:
             self.weight_(w0, state, out)
 
-    def variable(self, state: State) -> Tensor:
+    def variable(self, w0: Tensor, state: State) -> Tensor:
         return state["p"]
 
 
