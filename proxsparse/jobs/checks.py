@@ -38,7 +38,7 @@ def check_prune(
         ProxsparseError: bad settings, a path that leads nowhere, an output that cannot be made.
     """
     recipe = make_recipe(method, preset, **settings)
-    if not recipe.method.learned:
+    if not recipe.method.can_share:
         require_one_process(f"method {recipe.method.name}")
     if recipe.method.needs_data:
         _check_text(recipe.calibration.calibration)

@@ -143,7 +143,7 @@ def prune(
         settings["calibration"] = os.fspath(calibration)
         calibration = None
     recipe = make_recipe(method, preset, **settings)
-    if not recipe.method.learned:
+    if not recipe.method.can_share:
         require_one_process(f"method {recipe.method.name}")
     check_model(model)
     check_output(output, resume=resume)

@@ -30,6 +30,7 @@ class Method:
         learned: whether it runs the optimiser loop (and takes `LearnConfig`).
         needs_data: whether it looks at calibration text (and takes `CalibrationConfig`).
         changes_weights: whether the kept weights change whatever its options.
+        alone: whether it runs in one process only, although it learns.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Method:
     learned: bool = False
     needs_data: bool = True
     changes_weights: bool = False
+    alone: bool = False
 
     def run(self, job: Job) -> Masks:
         """The masks of a job.
@@ -46,6 +48,11 @@ class Method:
         `updates_weights`.
         """
         return cast("Masks", getattr(self._module(), self.name)(job))
+
+    @property
+    def can_share(self) -> bool:
+        """Whether several processes can work on one model."""
+        return self.learned and not self.alone
 
     @property
     def memory(self) -> Mapping[str, float]:
@@ -74,6 +81,13 @@ METHODS = {
         Method("gates", "gates", "gates on frozen weights; no setting (default)", learned=True),
         Method(
             "proxsparse", "ProxSparse", "the paper: AdamW and the prox on weights", learned=True
+        ),
+        Method(
+            "maskllm",
+            "MaskLLM",
+            "to compare with: Gumbel-softmax over the masks of a group",
+            learned=True,
+            alone=True,
         ),
         Method("sparsegpt", "SparseGPT", "layer by layer, updates the kept weights"),
         Method("wanda", "Wanda", "layer by layer, |weight| x activation norm"),
