@@ -24,6 +24,9 @@ OURS, OTHER, INK = "#0b7a75", "#9a9a9a", "#222222"
 NAMES = {
     "dense": "dense",
     "gates": "gates (default)",
+    "gates_26m": "gates, 26 M tokens",
+    "gates_recovered": "gates, then recovery",
+    "maskllm": "MaskLLM",
     "sparsegpt": "SparseGPT, updates weights",
     "proxsparse": "ProxSparse (default)",
     "sparsegpt_mask_only": "SparseGPT, mask only",

@@ -43,6 +43,12 @@ print(result.report["layers"][0])
 result.masks.save("proxsparse.masks")
 print(result.report["recipe"]["method"], result.history)
 """,
+        "recover": """\
+texts = ["def add(a, b):\\n    return a + b\\n" * 100]
+short = {"steps": 2, "batch_size": 1, "max_seq_length": 64}
+result = proxsparse.recover("demo-2to4", demo, calibration=texts, **short)
+print(result.report["recovered_from"]["id"], result.report["weights_updated"])
+""",
         "learn_masks": """\
 texts = ["def add(a, b):\\n    return a + b\\n" * 100]
 masks = proxsparse.learn_masks(model, texts, tokenizer, steps=2, batch_size=1, max_seq_length=64)

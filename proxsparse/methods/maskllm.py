@@ -77,13 +77,15 @@ class _Categorical(Rule):
             "v": torch.zeros_like(logits, dtype=self.dtype),
             "step": torch.zeros((), dtype=torch.int64, device=w0.device),
             "seed": torch.tensor(seed, device=w0.device),
+            # On the device, because a recorded step cannot fetch it.
+            "masks": torch.tensor(_MASKS, dtype=logits.dtype, device=w0.device),
         }
 
     def lam_at(self, progress: float, lr: float) -> float:
         return self.lam
 
     def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
-        out.copy_(w0 * _soft_mask(self._probabilities(state)))
+        out.copy_(w0 * self._soft_mask(state, self._probabilities(state)))
 
     def update_(
         self, w0: Tensor, state: State, grad: Tensor, scalars: StepScalars, out: Tensor | None
@@ -91,8 +93,8 @@ class _Categorical(Rule):
         y = self._probabilities(state)
         w = w0.to(y.dtype)
         lam = scalars.lam.to(y)
-        of_mask = grad.to(y.dtype) * w - 2 * lam * _soft_mask(y) * w.square()
-        of_y = of_mask.view(*y.shape[:-1], 4) @ y.new_tensor(_MASKS).T
+        of_mask = grad.to(y.dtype) * w - 2 * lam * self._soft_mask(state, y) * w.square()
+        of_y = of_mask.view(*y.shape[:-1], 4) @ state["masks"].T
         tau, kappa = self._schedules(state)
         g = y * (of_y - (y * of_y).sum(-1, keepdim=True)) * (kappa / tau).to(y.dtype)
         self._adamw_(state, g, scalars)
@@ -101,11 +103,10 @@ class _Categorical(Rule):
             self.weight_(w0, state, out)
 
     def variable(self, w0: Tensor, state: State) -> Tensor:
-        return _soft_mask(self._probabilities(state))
+        return self._soft_mask(state, self._probabilities(state))
 
     def score(self, w0: Tensor, state: State, weight: Tensor) -> Tensor:
-        best = state["logits"].argmax(-1)
-        return weight.new_tensor(_MASKS)[best].flatten(-2)
+        return state["masks"][state["logits"].argmax(-1)].flatten(-2).to(weight.dtype)
 
     def _schedules(self, state: State) -> tuple[Tensor, Tensor]:
         """Of the step that comes next, tau and kappa, 0-d float64; after the last, their ends."""
@@ -122,6 +123,11 @@ class _Categorical(Rule):
         gumbel = -(-uniform.to(logits.dtype).log()).log()
         return ((logits * kappa + gumbel) / tau).softmax(-1)
 
+    @staticmethod
+    def _soft_mask(state: State, y: Tensor) -> Tensor:
+        """The weighted mean [..., K] of the six masks, by weights [..., K/4, 6]."""
+        return (y @ state["masks"]).flatten(-2)
+
     def _adamw_(self, state: State, g: Tensor, scalars: StepScalars) -> None:
         first, second = self.betas
         step, lr = scalars.step.to(g), scalars.lr.to(g)
@@ -131,11 +137,6 @@ class _Categorical(Rule):
         state["v"].copy_(v)
         direction = m / (1 - first**step) / ((v / (1 - second**step)).sqrt() + 1e-12)
         state["logits"].mul_(1 - lr * _WEIGHT_DECAY).sub_(lr * direction)
-
-
-def _soft_mask(y: Tensor) -> Tensor:
-    """The weighted mean [..., K] of the six masks, by weights [..., K/4, 6]."""
-    return (y @ y.new_tensor(_MASKS)).flatten(-2)
 
 
 def _hash(state: State, like: Tensor) -> Tensor:

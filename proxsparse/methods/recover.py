@@ -36,7 +36,7 @@ MEMORY = {"fast": 4 + (4 + 4 + 4) / 2 + 1 / 8, "balanced": (4 + 2 + 2) / 2 + 1 /
 
 
 class _Recovery(Rule):
-    lr = 0.02
+    lr = 0.015
     betas = (0.9, 0.95)
 
     def __init__(

@@ -26,6 +26,7 @@ from proxsparse.errors import Interrupted, ProxsparseError
 from proxsparse.jobs.checks import MARKER
 from proxsparse.jobs.pack import pack, unpack
 from proxsparse.jobs.prune import apply, prune
+from proxsparse.jobs.recover import recover
 from proxsparse.models.masks import Masks
 
 DEMO = Path(proxsparse.__file__).parent / "demo_model"
@@ -55,6 +56,8 @@ def run(command: str, folder: Path, output: Path, resume: bool) -> None:
             prune(DEMO, output, calibration=text, method=command, resume=resume, **LEARN)
         case "sparsegpt" | "wanda":
             prune(DEMO, output, calibration=text, method=command, resume=resume, **samples)
+        case "recover":
+            recover(folder / "wanda", DEMO, output, calibration=text, resume=resume, **LEARN)
         case "apply":
             apply(DEMO, folder / "gates/proxsparse.masks", output)
         case "pack":
@@ -63,8 +66,8 @@ def run(command: str, folder: Path, output: Path, resume: bool) -> None:
             unpack(folder / "pack", output)
 
 
-COMMANDS = ("gates", "proxsparse", "wanda", "sparsegpt", "apply", "pack", "unpack")
-RESUMABLE = ("gates", "proxsparse", "wanda", "sparsegpt")
+COMMANDS = ("gates", "proxsparse", "wanda", "sparsegpt", "recover", "apply", "pack", "unpack")
+RESUMABLE = ("gates", "proxsparse", "wanda", "sparsegpt", "recover")
 
 
 def victim(command: str, folder: str, output: str, resume: bool, number: int, at_call: int) -> None:
@@ -149,7 +152,9 @@ def draws(seed: int, count: int, most: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("command", "at_call"), [("gates", 9), ("wanda", 4), ("pack", 6)])
+@pytest.mark.parametrize(
+    ("command", "at_call"), [("gates", 9), ("wanda", 4), ("recover", 9), ("pack", 6)]
+)
 def test_killed_at_a_write(folder: Path, tmp_path: Path, command: str, at_call: int) -> None:
     attack(command, folder, tmp_path / "out", number=signal.SIGKILL, at_call=at_call)
 
