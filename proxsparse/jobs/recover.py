@@ -102,8 +102,8 @@ def recover(
         recipe = recipe.for_model(dense.model, distributed.world_size())
         recipe = settle_memory(recipe, dense.model, targets, device)
         check_output_fits(partial, dense.model, targets)
-        # What cannot be written is said before the work.
-        FileTargets(dense.model, targets, open_checkpoint(dense.id, dense.revision))
+        if not dense.is_made:  # what cannot be written is said before the work
+            FileTargets(dense.model, targets, open_checkpoint(dense.id, dense.revision))
         source = recipe.calibration.calibration if calibration is None else calibration
         data = load_data(source, dense.tokenizer, recipe, dense.model)
         assert data is not None
