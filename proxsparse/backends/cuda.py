@@ -170,6 +170,16 @@ def find_run_for_shape(x: Tensor, *forms: Any) -> Run:
     return run.for_shape(x.shape) if isinstance(run, Kernel) else run
 
 
+def decide_every_count(
+    values: Tensor, codes: Tensor, bias: Tensor | None, compressed: Tensor | None
+) -> None:
+    """See `ops.decide_sparse_linear`."""
+    row = values.new_empty(1, 2 * values.shape[1])
+    with torch.cuda.device(values.device):
+        for tokens in {*_BUCKETS, *(top + 1 for top in _BUCKETS)}:
+            find_run(row.expand(tokens, -1), values, codes, bias, compressed, None)
+
+
 def _decide(
     x: Tensor,
     values: Tensor,

@@ -4,7 +4,8 @@ Memory comes from PyTorch's allocator, on the stream that is current. A stream h
 reused by its calls in order; a call that is captured in a CUDA graph takes one from the graph's own
 memory instead, so that a replay shares it with nobody. Likewise signals, by which blocks of the
 kernel for many tokens wait for each other: they are zeros between launches, so what is captured
-takes some from a stock that was made before, and keeps them.
+takes some from a stock that was made before, and keeps them. Where all graphs of a stream are
+promised to run one after the other, they keep the same ones.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _SIGNALS_IN_STOCK = 256  # for streams and graphs, until more are made
 _signal_memory: list[Tensor] = []  # for ever, because graphs know its addresses
 _stock_of_signals: dict[int, list[int]] = {}
 _signals_of_captures: dict[tuple[int, int], tuple[int, int]] = {}  # the last on each stream
+# Device -> stream -> those of all its captures, where they are promised to run one by one.
+_serial_signals: dict[int, dict[int, int]] = {}
 _memories: dict[tuple[int, int], _Memory] = {}  # by device and stream
 # What captures the current stream, 0 if nothing does.
 _capture_of: Callable[[int], int] = (
@@ -82,13 +85,27 @@ def _take_signals(device: int) -> int:
     return stock.pop()
 
 
+def promise_serial_replay(device: int) -> None:
+    """See `ops.promise_serial_replay`; makes sure that the next capture finds signals in stock."""
+    if device not in _serial_signals:
+        _serial_signals[device] = {}
+        with torch.cuda.device(device):
+            memory_of(device, current_stream(device))
+
+
 def _signals_of_capture(capture: int, device: int, stream: int) -> int:
     """Address of the signals of what is captured on one stream; 0 if the stock was empty."""
+    serial = _serial_signals.get(device)
+    if serial is not None and stream in serial:
+        return serial[stream]
     known, held = _signals_of_captures.get((device, stream), (0, 0))
+    # What was captured there before the promise may run at any time.
     if known != capture:
         stock = _stock_of_signals.get(device, [])
         held = stock.pop() if stock else 0
         _signals_of_captures[device, stream] = capture, held
         if not stock:
             _memories.clear()  # so the next call outside a capture fills the stock up
+        if serial is not None and held:
+            serial[stream] = held
     return held

@@ -31,13 +31,12 @@ from proxsparse.inference.sparse_linear import (
     check_keep_dense,
     sparse_layers,
 )
-from proxsparse.models.forms import PackedEntry, checked
+from proxsparse.models.forms import READABLE_FORMATS, PackedEntry, checked
 from proxsparse.models.offload import in_memory
 from proxsparse.models.targets import is_linear_layer
 
 METHOD = "proxsparse"
 FORMAT = 2
-READABLE_FORMATS = (1, 2)  # the first has no empty `weight`
 
 
 class PackedConfig(QuantizationConfigMixin):

@@ -116,6 +116,9 @@ class RunMarker:
     pid: int = 0
 
 
+READABLE_FORMATS = (1, 2)  # of packed models; the first has no empty `weight`
+
+
 @dataclass(frozen=True)
 class PackedEntry:
     """The `quantization_config` of a packed model."""

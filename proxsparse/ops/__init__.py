@@ -363,6 +363,48 @@ def settled_sparse_linear(
     return find_run_for_shape(x, values, codes, bias, compressed, dense)
 
 
+def decide_sparse_linear(
+    values: Tensor, codes: Tensor, bias: Tensor | None = None, *, compressed: Tensor | None = None
+) -> None:
+    """Decide now what `sparse_linear` runs on with a weight like this one, for every token count.
+
+    Without it the first call of each range of token counts decides. Where that call is being
+    captured in a CUDA graph, kernels that nobody has tried yet are left out, for good. Off CUDA
+    there is nothing to decide.
+
+    Args:
+        values: [N, K/2], of the dtype and on the device of the calls to come.
+        codes: as in `sparse_linear`.
+        bias: of the calls, or None.
+        compressed: of the calls, or None.
+
+    Cost: the first weight of a GPU has its kernels tried, which takes milliseconds and waits for
+    them; others look up 40 decisions.
+    """
+    check_packed_2to4(values, codes)
+    if values.is_cuda and not isinstance(implementation("sparse_linear", "cuda"), str):
+        from proxsparse.backends import cuda
+
+        cuda.decide_every_count(values, codes, bias, compressed)
+
+
+def promise_serial_replay(device: int) -> None:
+    """Say that CUDA graphs captured on one stream from now on never run at the same time.
+
+    By itself each captured graph keeps some memory, of which there is a stock, for blocks of the
+    kernel for many tokens to wait for each other; a graph that finds none runs that kernel in a
+    slower way. With the promise all graphs that were captured on one stream share it, so that any
+    number of them can be captured. Graphs that share a memory pool may not run at once anyhow.
+
+    Args:
+        device: index of a CUDA device.
+    """
+    if not isinstance(implementation("sparse_linear", "cuda"), str):
+        from proxsparse.backends import stream_memory
+
+        stream_memory.promise_serial_replay(device)
+
+
 def sparse_linear_decode(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None = None
 ) -> Tensor:
