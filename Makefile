@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
-.PHONY: demo test test-floors lint docs clean
+.PHONY: demo test test-floors test-vllm lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,6 +28,19 @@ $(FLOORS)/.installed: pyproject.toml setup.py constraints-floors.txt $(SOURCES)
 	$(PYTHON) -m venv $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --quiet -c constraints-floors.txt "$(FLOOR_TORCH)" -e . \
 		pytest pytest-timeout hypothesis peft
+	touch $@
+
+# The plug-in of vLLM, in engines on the CPU. Importing vLLM takes half a minute, so the tests share
+# one process; what starts servers, or a tensor-parallel engine, has more.
+VLLM ?= .venv-vllm
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm
+
+$(VLLM)/.installed: pyproject.toml setup.py requirements-vllm.txt $(SOURCES)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 lint: $(VENV)/.installed-dev
@@ -59,6 +72,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(FLOORS) build dist site *.egg-info
+	rm -rf $(VENV) $(FLOORS) $(VLLM) build dist site *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -f proxsparse/*.so proxsparse/_build_error_*.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -604,6 +605,62 @@ def test_a_capture_that_empties_the_stock_has_it_filled_up(monkeypatch: pytest.M
     assert stream_memory._signals_of_capture(5, 0, 2) == 30, "but not with another stream"
     assert not memories, "the next call takes signals anew, and with that fills the stock up"
     assert stream_memory._signals_of_capture(6, 0, 1) == 0
+
+
+def test_captures_that_run_one_by_one_share_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM captures one graph a layer and size, thousands, and the stock holds 256."""
+    monkeypatch.setattr(stream_memory, "_memories", {})
+    monkeypatch.setattr(stream_memory, "_stock_of_signals", {0: [50, 40, 30, 20], 1: [70, 60]})
+    monkeypatch.setattr(stream_memory, "_signals_of_captures", {})
+    monkeypatch.setattr(stream_memory, "_serial_signals", {})
+    monkeypatch.setattr(stream_memory, "memory_of", lambda *_: None)
+    monkeypatch.setattr(stream_memory, "current_stream", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    assert stream_memory._signals_of_capture(1, 0, 9) == 20
+    for _ in range(2):  # once or for every layer of a model
+        stream_memory.promise_serial_replay(0)
+    # Who captured before the promise may replay whenever it likes, so nobody joins it.
+    assert {stream_memory._signals_of_capture(i, 0, 9) for i in range(2, 2000)} == {30}
+    assert {stream_memory._signals_of_capture(i, 0, 8) for i in range(2000, 4000)} == {40}, (
+        "streams of one capture run at the same time"
+    )
+    assert stream_memory._stock_of_signals[0] == [50]
+    assert stream_memory._signals_of_capture(4000, 1, 9) == 60, "another GPU has promised nothing"
+    assert stream_memory._signals_of_capture(4001, 1, 9) == 70
+
+
+def test_a_promised_capture_that_found_no_signals_looks_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_memory, "_memories", {})
+    monkeypatch.setattr(stream_memory, "_stock_of_signals", {0: []})
+    monkeypatch.setattr(stream_memory, "_signals_of_captures", {})
+    monkeypatch.setattr(stream_memory, "_serial_signals", {0: {}})
+    assert stream_memory._signals_of_capture(5, 0, 1) == 0
+    stream_memory._stock_of_signals[0].append(30)
+    assert stream_memory._signals_of_capture(6, 0, 1) == 30
+    assert stream_memory._signals_of_capture(7, 0, 1) == 30
+
+
+@pytest.mark.gpu
+def test_decisions_made_ahead_serve_a_capture() -> None:
+    """What is first met inside a capture has its kernels untried, and would stay without them."""
+    w = ops.project_2to4(torch.randn(256, 256, device="cuda", dtype=torch.bfloat16))
+    values, codes, compressed = ops.lay_out_2to4(*ops.pack_2to4(w))
+    table.forget_decisions()
+    ops.decide_sparse_linear(values, codes, compressed=compressed)
+    known = dict(table.decisions)
+    for tokens in (1, 7, 64, 65, 500, 2048, 20000):
+        x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+        ops.sparse_linear(x, values, codes, compressed=compressed)
+    assert table.decisions == known, "a call had to decide"
+
+
+def test_a_decision_off_cuda_needs_nothing_and_looks_at_the_weight() -> None:
+    values, codes = ops.pack_2to4(ops.project_2to4(torch.randn(8, 16)))
+    ops.decide_sparse_linear(values, codes)
+    with pytest.raises(ProxsparseError, match="no packed 2:4 weight"):
+        ops.decide_sparse_linear(values, codes[:4])
 
 
 @sparse_tc

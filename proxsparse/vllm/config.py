@@ -151,11 +151,12 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
         if self.names is None or not (packed := self.names.inside(prefix)):
             if kinds & _EXPERTS:
                 self.summary.add_dense(prefix, "experts, which have no sparse kernel")
-            elif "ParallelLMHead" in kinds and self.names is not None:
-                # The last layer. vLLM would stop at the first tensor it has no place for, with
+            elif (
+                "ParallelLMHead" in kinds and self.names is not None and not self.names.is_any_taken
+            ):
+                # It is made last. vLLM would stop at the first tensor it has no place for, with
                 # its name alone.
-                if self._has_all_layers and not self.names.is_any_taken:
-                    check_all_taken(self.names)
+                self.check_names()
             return
         if kinds & _EXPERTS:
             what = "the experts of a mixture, which vLLM runs in one kernel that has no sparse form"

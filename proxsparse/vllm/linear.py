@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     UnquantizedLinearMethod,
@@ -124,7 +124,7 @@ class _SparseMethod(LinearMethodBase):  # type: ignore[misc]
         return is_first
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x @ W^T + bias."""
+        """The product x @ W^T + bias."""
         assert self.layout is not None
         return self.layout.product(layer.weight, x, bias)
 
@@ -293,7 +293,7 @@ class PackingLinearMethod(_SparseMethod):
             self.config.finish(f"{self.name} dense")
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x @ W^T + bias."""
+        """The product x @ W^T + bias."""
         if self.layout is None:
             dense: Tensor = self.linear.apply(layer, x, bias)
             return dense
@@ -307,4 +307,6 @@ def _is_sparse(w: Tensor) -> bool:
 
 def _joined(parts: Sequence[Tensor], is_sparse: list[bool], wanted: bool) -> Tensor:
     """The parts of one kind behind one another."""
-    return torch.cat([part for part, sparse in zip(parts, is_sparse, strict=True) if sparse == wanted])
+    return torch.cat(
+        [part for part, sparse in zip(parts, is_sparse, strict=True) if sparse == wanted]
+    )

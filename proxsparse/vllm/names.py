@@ -92,8 +92,8 @@ def check_split(name: str, in_features: int, ranks: int) -> None:
         ranks: that share them.
 
     Raises:
-        ProxsparseError: the share of a rank is no multiple of `MULTIPLE`; names the numbers of ranks
-            that work.
+        ProxsparseError: the share of a rank is no multiple of `MULTIPLE`; names the numbers of
+            ranks that work.
     """
     if ranks == 1 or not (in_features // ranks) % MULTIPLE:
         return

@@ -76,9 +76,7 @@ class Layout:
         if dense is None:
             return ops.sparse_linear(x, values, codes, bias, compressed=compressed)
         results = {
-            True: ops.sparse_linear(
-                x, values, codes, self._of(bias, True), compressed=compressed
-            ),
+            True: ops.sparse_linear(x, values, codes, self._of(bias, True), compressed=compressed),
             False: torch.nn.functional.linear(x, dense, self._of(bias, False)),
         }
         starts, pieces = {True: 0, False: 0}, []
@@ -103,8 +101,11 @@ class Layout:
         """The bias of the sparse or of the dense parts."""
         if bias is None:
             return None
-        parts = zip(bias.split(self.sizes), self.is_sparse, strict=True)
-        pieces = [piece for piece, sparse in parts if sparse == is_sparse]
+        pieces, start = [], 0
+        for size, sparse in zip(self.sizes, self.is_sparse, strict=True):
+            if sparse == is_sparse:
+                pieces.append(bias[start : start + size])
+            start += size
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
