@@ -19,7 +19,8 @@ from proxsparse.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
-OTHERS = {"--nproc-per-node", "--strict", "--check"}  # flags of other programs
+# Flags of other programs.
+OTHERS = {"--nproc-per-node", "--strict", "--check", "--quantization", "--load-format"}
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
 SOURCES = [
     path

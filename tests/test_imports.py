@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "learning": {"errors", "config", "ops", "models"},
     "methods": {"errors", "config", "ops", "models", "learning"},
     "inference": {"errors", "config", "ops", "models"},
+    "vllm": {"errors", "ops", "models"},  # vLLM calls it; nothing of ours does
     "jobs": {
         *("errors", "config", "ops", "backends", "tuning", "models", "data", "learning"),
         *("methods", "inference"),

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import logging
 
-METHOD = "proxsparse"  # what `--quantization` and config.json call it
-
 
 def register() -> None:
     """Make vLLM know our quantisation method; it may be called any number of times."""
@@ -24,7 +22,7 @@ def register() -> None:
             register_quantization_config,
         )
 
-        from proxsparse.vllm.config import SparseConfig
+        from proxsparse.vllm.config import METHOD, SparseConfig
 
         try:
             is_known = get_quantization_config(METHOD) is SparseConfig

@@ -16,12 +16,12 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from proxsparse.errors import ProxsparseError
-from proxsparse.vllm import METHOD
 from proxsparse.vllm.names import PackedNames, Summary, check_all_taken
 
 # Below "vllm", because that is the logger that vLLM shows.
 log = logging.getLogger("vllm.plugins.proxsparse")
 
+METHOD = "proxsparse"  # what `--quantization` and config.json call it
 TESTED = ((0, 26), (0, 32))  # the oldest and the newest vLLM that the tests ran with
 _DENSE_INSTEAD = (
     "`proxsparse unpack DIR DENSE` writes the dense model, which vLLM serves without the plug-in"
@@ -148,25 +148,23 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
     def _look_at(self, layer: nn.Module, prefix: str) -> None:
         """Refuse what is packed and no linear layer, and note what stays dense."""
         kinds = {kind.__name__ for kind in type(layer).__mro__}
-        if self.names is None or not (packed := self.names.inside(prefix)):
-            if kinds & _EXPERTS:
-                self.summary.add_dense(prefix, "experts, which have no sparse kernel")
-            elif (
-                "ParallelLMHead" in kinds and self.names is not None and not self.names.is_any_taken
-            ):
-                # It is made last. vLLM would stop at the first tensor it has no place for, with
-                # its name alone.
-                self.check_names()
-            return
-        if kinds & _EXPERTS:
-            what = "the experts of a mixture, which vLLM runs in one kernel that has no sparse form"
-        else:
+        is_experts = bool(kinds & _EXPERTS)
+        packed = [] if self.names is None else self.names.inside(prefix)
+        if packed:
             what = f"a {type(layer).__name__}, and only linear layers run packed"
-        pattern = "*experts*" if kinds & _EXPERTS else prefix.rpartition(".")[2]
-        raise ProxsparseError(
-            f"{packed[0]} is packed, but in vLLM it is {what}. Prune again with --ignore "
-            f"'{pattern}' and pack that, or serve the dense model: {_DENSE_INSTEAD}"
-        )
+            if is_experts:
+                what = "an expert, and vLLM runs those in one kernel that has no sparse form"
+            pattern = "*experts*" if is_experts else prefix.rpartition(".")[2]
+            raise ProxsparseError(
+                f"{packed[0]} is packed, but in vLLM it is {what}. Prune again with --ignore "
+                f"'{pattern}' and pack that, or serve the dense model: {_DENSE_INSTEAD}"
+            )
+        if is_experts:
+            self.summary.add_dense(prefix, "experts, which have no sparse kernel")
+        # The head is made last. Without a look here vLLM would stop at the first tensor it has no
+        # place for, with nothing but its name.
+        elif "ParallelLMHead" in kinds and self.names is not None and not self.names.is_any_taken:
+            self.check_names()
 
     def check_names(self) -> None:
         """Refuse packed names without a layer, once all layers are made.

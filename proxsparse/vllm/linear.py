@@ -10,8 +10,9 @@ which a reload finds the place to copy to.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,13 @@ from vllm.model_executor.utils import replace_parameter
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.masks import check_codes
-from proxsparse.vllm.config import SparseConfig, log
 from proxsparse.vllm.names import MULTIPLE, check_split, packed_sizes
 from proxsparse.vllm.storage import Layout, store
 
+if TYPE_CHECKING:
+    from proxsparse.vllm.config import SparseConfig
+
+_log = logging.getLogger("vllm.plugins.proxsparse")
 _Loader = Callable[..., Any]
 
 
@@ -133,7 +137,7 @@ class _SparseMethod(LinearMethodBase):  # type: ignore[misc]
         if self.layout is None:
             w: Tensor = layer.weight
             return w
-        log.warning(
+        _log.warning(
             "%s is quantised while loading, which makes it dense: the memory and the time that its "
             "zeros save are lost",
             self.name,

@@ -105,17 +105,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def messages() -> Iterator[list[str]]:
-    """What the plug-in logs meanwhile."""
-    import vllm.logger  # noqa: F401  it clears the handlers that are there when it is imported
-
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the plug-in logs meanwhile; vLLM removes handlers when it sets up its own."""
     log = logging.getLogger("vllm.plugins.proxsparse")
-    log.addHandler(handler)
-    yield found
-    log.removeHandler(handler)
+    found: list[str] = []
+
+    def show(message: str, *args: Any, **_: Any) -> None:
+        found.append(message % args)
+
+    for level in ("info", "warning"):
+        monkeypatch.setattr(log, level, show)
+    return found
 
 
 @pytest.fixture(scope="session")
