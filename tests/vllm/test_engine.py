@@ -20,6 +20,8 @@ import torch
 from proxsparse import ProxsparseError, ops
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: see `make test-vllm`")
+if torch.cuda.is_available():
+    pytest.skip("tokens are compared in float32, on a CPU", allow_module_level=True)
 
 Model = Callable[..., Path]
 Expected = Callable[[Path], list[list[int]]]
