@@ -179,6 +179,8 @@ def measure(directory: Path, path: Path, args: argparse.Namespace, length: int) 
     """Run the methods on the model in a directory, and write the table."""
     bench = Bench(directory, args)
     model = bench.model
+    if not set(args.methods) <= set(USUAL):
+        print(f"{len(bench.more_text):,} tokens of text")  # before anything is timed
     protocol = {"model": args.model, "block_length": length}
     rows: list[dict[str, Any]] = []
     if args.add and path.is_file():

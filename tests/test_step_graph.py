@@ -23,7 +23,8 @@ from proxsparse.learning import loop as learning
 from proxsparse.learning import step_graph
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
-from proxsparse.methods import METHODS
+from proxsparse.methods import METHODS, RECOVERY
+from proxsparse.methods.recover import recover
 from proxsparse.models.targets import find_targets
 from proxsparse.ops import dispatch
 
@@ -92,6 +93,27 @@ def test_a_graph_learns_what_eager_steps_learn(
         eager = learn(model(), method)
     assert not replays
     assert learn(model(), method) == eager
+    assert len(replays) == 24 - EAGER
+
+
+@pytest.mark.gpu
+def test_a_graph_recovers_what_eager_steps_recover(
+    tiny_model: Any, monkeypatch: Any, replays: list[int]
+) -> None:
+    def recovered() -> dict[str, Tensor]:
+        model = tiny_model("llama").cuda()
+        tokens = torch.randint(0, 96, (6, 16), generator=torch.Generator().manual_seed(3))
+        config = LearnConfig(steps=24, batch_size=2, lr=0.1, memory="fast", checkpoint_every=0)
+        job = Job(model, find_targets(model), tokens, config, RECOVERY.config())
+        masks = METHODS["magnitude"].run(job)
+        weights = {t.name: ops.project_2to4(t.weight()) for t in job.targets.layers}
+        return recover(job, masks, weights)
+
+    with eager_steps(monkeypatch):
+        eager = recovered()
+    assert not replays
+    found = recovered()
+    assert all(torch.equal(found[name], eager[name]) for name in eager)
     assert len(replays) == 24 - EAGER
 
 
