@@ -757,7 +757,7 @@ def test_what_does_not_agree_is_refused() -> None:
 def test_the_ops_are_what_pytorch_expects() -> None:
     layer = Layer(256, 128)
     arguments = (randn(1024, 128), layer.values, layer.codes, layer.bias, layer.compressed, None)
-    torch.library.opcheck(torch.ops.proxsparse.inference.sparse_linear.default, arguments)
+    torch.library.opcheck(torch.ops.proxsparse.sparse_linear.default, arguments)
     torch.library.opcheck(
         torch.ops.proxsparse.compress_2to4.default,
         (layer.dense,),
