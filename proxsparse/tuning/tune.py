@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from tqdm import tqdm
 
 from proxsparse.backends.choice import BUCKETS, Candidate, Cell, find_bucket
 from proxsparse.backends.table import Table, forget_decisions, table_for
+from proxsparse.progress import progress
 from proxsparse.tuning.child_process import ChildWorker
 from proxsparse.tuning.search import Outcome, Search, Unmeasurable, Worker
 
@@ -66,9 +66,8 @@ def tune(
     report = Report()
     cells = list(dict.fromkeys(cells))
     deadline = clock() + seconds
-    bar = tqdm(cells, desc="tuning", unit="cell", disable=not show_progress, leave=False)
+    bar = progress(cells, "tuning", "cell", is_hidden=not show_progress)
     for done, cell in enumerate(bar):
-        bar.set_postfix_str(str(cell))
         if table.get(cell) is not None:
             report.num_known += 1
             continue
