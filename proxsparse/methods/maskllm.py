@@ -27,7 +27,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from proxsparse.config import LearnConfig, MaskLLMConfig, SparseGPTConfig
+from proxsparse.config import LearnConfig, MaskLLMOptions, SparseGPTConfig
 from proxsparse.learning.job import Job
 from proxsparse.learning.loop import learn
 from proxsparse.learning.rule import Rule, State, StepScalars
@@ -54,7 +54,7 @@ class _Categorical(Rule):
     lam = 1e-5
     betas = (0.9, 0.95)
 
-    def __init__(self, learn_config: LearnConfig, options: MaskLLMConfig, prior: Masks) -> None:
+    def __init__(self, learn_config: LearnConfig, options: MaskLLMOptions, prior: Masks) -> None:
         self.prior, self.seed, self.steps = prior, learn_config.seed, learn_config.steps
         self.distils = options.distil
         self.on_demand = learn_config.memory == "balanced"
