@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse.config import LearnConfig, MaskLLMOptions, SparseGPTConfig
+from proxsparse.config import LearnConfig, MaskLLMOptions, SparseGPTOptions
 from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.prune import prune
 from proxsparse.learning.job import Job
@@ -164,7 +164,7 @@ def test_the_prior_is_sparsegpts_mask(tiny_model: Any) -> None:
     model = tiny_model("llama")
     job = make_job(model, steps=1, lr=0.0)
     found = METHODS["maskllm"].run(job)
-    options = SparseGPTConfig(mask_only=True)
+    options = SparseGPTOptions(mask_only=True)
     prior = METHODS["sparsegpt"].run(dataclasses.replace(job, options=options))
     same = [(found[n].view(-1, 4) == prior[n].view(-1, 4)).all(-1).float().mean() for n in prior]
     assert min(same) > 0.8

@@ -77,7 +77,8 @@ class Method:
         Args:
             options: from `resolve`.
         """
-        return self.learned and getattr(options, "lam_units", "weights") != "absolute"
+        is_published = getattr(options, "lam_units", "weights") == "absolute"
+        return self.learned and getattr(options, "distil", not is_published)
 
     def _module(self) -> Any:
         return importlib.import_module(f"{__name__}.{self.name}")
