@@ -95,7 +95,7 @@ class Progress:
         seconds = time.monotonic() - self._began
         of_all = "" if self._total is None else f"/{self._total:,}"
         parts = [f"{self._description}: {self._unit} {self._done:,}{of_all}"]
-        parts += [f"{name.replace('_', ' ')} {value}" for name, value in self._figures.items()]
+        parts += [f"{_label(name)} {value}" for name, value in self._figures.items()]
         here = self._done - self._before
         if self._total is not None and self._done >= self._total:
             parts.append(f"took {duration(seconds)}")
@@ -117,6 +117,10 @@ def progress(
         for item in items:
             yield item
             bar.update()
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ").replace("2to4", "2:4")
 
 
 def duration(seconds: float) -> str:

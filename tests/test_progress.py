@@ -14,14 +14,14 @@ from proxsparse.progress import Progress, duration, progress
 
 def test_lines_say_where_a_loop_is(capfd: Any) -> None:
     with Progress("learning", 8, unit="step", done=2, leave=True, every=0.05) as bar:
-        bar.update(2, loss="0.5", at_2to4="90%")
+        bar.update(2, loss="0.5", groups_at_2to4="90%")
         time.sleep(0.2)  # no update: a long step
         bar.update(4)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) >= 3
-    form = r"learning: step 4/8, loss 0.5, at 2to4 90%, ETA \d+ s"
+    form = r"learning: step 4/8, loss 0.5, groups at 2:4 90%, ETA \d+ s"
     assert all(re.fullmatch(form, line) for line in lines[:-1])
-    assert re.fullmatch(r"learning: step 8/8, loss 0.5, at 2to4 90%, took \d+ s", lines[-1])
+    assert re.fullmatch(r"learning: step 8/8, loss 0.5, groups at 2:4 90%, took \d+ s", lines[-1])
 
 
 def test_a_short_loop_says_nothing(capfd: Any) -> None:

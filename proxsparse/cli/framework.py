@@ -218,7 +218,7 @@ def _set_up_logs(silent: bool, verbose: bool) -> None:
     ours.setLevel("WARNING" if silent else "DEBUG" if verbose else "INFO")
     logging.getLogger("proxsparse.progress").setLevel("WARNING" if silent else "NOTSET")
     for library in _NOISY:
-        logging.getLogger(library).setLevel("WARNING")
+        logging.getLogger(library).setLevel("ERROR")  # each retry of a download is a warning
 
 
 def _without_nan(value: Any) -> Any:

@@ -107,7 +107,7 @@ def _flat(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for task, found in result.get("tasks", {}).items():
         for metric, value in found.items():
             kind = metric.partition(",")[0]
-            if kind.endswith("_stderr") or not isinstance(value, int | float):
+            if kind.endswith(("_stderr", "_len")) or not isinstance(value, int | float):
                 continue
             error = found.get(metric.replace(kind, f"{kind}_stderr", 1))
             with_error = f" ± {error:.4f}" if isinstance(error, float) and error == error else ""

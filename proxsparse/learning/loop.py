@@ -303,8 +303,8 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
                 record["memory_gb"] = memory_gb(device)
                 losses.clear()
                 _report(job, record)
-                share = f"{record['share_2to4']:.1%} of groups"
-                bar.update(0, loss=f"{record['loss']:.4f}", at_2to4=share)
+                share = f"{record['share_2to4']:.1%}"
+                bar.update(0, loss=f"{record['loss']:.4f}", groups_at_2to4=share)
             if not finished and (save or stopping) and job.checkpoints is not None:
                 job.checkpoints.save(t + 1, _flatten(run.states))
             if stopping and not finished:
