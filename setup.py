@@ -304,7 +304,6 @@ class TaggedWheel(bdist_wheel):
             sys.platform,
         )
         self.is_pure = {"_cpu", "_cuda"} <= set(left_out)
-        self.root_is_pure = self.root_is_pure or self.is_pure
 
     def get_tag(self) -> tuple[str, str, str]:
         """py3-none-any where nothing is compiled."""

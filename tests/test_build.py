@@ -172,7 +172,6 @@ def test_a_wheel_without_machine_code_is_for_any_machine(
     command = build.TaggedWheel(Distribution({"name": "x", "ext_modules": extensions}))
     command.ensure_finalized()
     assert (command.get_tag() == ("py3", "none", "any")) is is_pure
-    assert command.root_is_pure is is_pure
 
 
 def test_the_build_says_what_is_in_it(
