@@ -72,7 +72,7 @@ handle = proxsparse.keep_masks_(model, optimizer)
 ...  # train on; pruned weights are zero again after each step
 handle.remove()
 """,
-        "check_masks": "proxsparse.check_masks(model, masks)  # raises where a pruned weight is back\n",
+        "check_masks": "proxsparse.check_masks(model, masks)  # else it raises\n",
         "mask_callback": """\
 callbacks = [proxsparse.mask_callback()]  # of transformers.Trainer, or trl's
 """,
@@ -139,6 +139,7 @@ config = proxsparse.GatesConfig(steps=2, batch_size=1, max_seq_length=64)
 masks = proxsparse.learn_masks(model, texts, tokenizer, config=config)
 """,
         "ProxSparseConfig": "print(proxsparse.ProxSparseConfig(lam=0.25).given())\n",
+        "MaskLLMConfig": "print(proxsparse.MaskLLMConfig(steps=2000).given())\n",
         "SparseGPTConfig": "print(proxsparse.SparseGPTConfig(mask_only=True).given())\n",
         "WandaConfig": """\
 config = proxsparse.WandaConfig(num_calibration_samples=1, max_seq_length=64)

@@ -216,7 +216,8 @@ def test_nobody_imports_the_command_line(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_heavy_libraries_are_imported_when_needed(module: str) -> None:
-    if module == "proxsparse.inference.quantizer":  # made of what is in transformers
+    made_of_theirs = ("proxsparse.inference.quantizer", "proxsparse.inference.adapters")
+    if module in made_of_theirs:  # of what is in transformers and peft
         return
     heavy = {"transformers", "datasets", "matplotlib", "pyarrow", "lm_eval", "accelerate"}
     assert not third_party(imports(module, lazy=False)) & heavy

@@ -57,7 +57,7 @@ def prepare(config: Any, model: nn.Module) -> None:
         }
 
 
-class SparseLora(LoraLinear):  # type: ignore[misc]
+class SparseLora(LoraLinear):
     """A packed layer with LoRA adapters beside it."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -152,7 +152,8 @@ def merge_and_pack(model: Any) -> tuple[nn.Module, MergeReport]:
     for name, layer in layers.items():
         if layer.merged:
             raise ProxsparseError(f"{name} is merged already: call model.unmerge_adapter() first")
-        base: SparseLinear = layer.get_base_layer()
+        base = layer.get_base_layer()
+        assert isinstance(base, SparseLinear)  # until it is merged
         weight = base.weight
         delta = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for adapter in layer.active_adapters:
@@ -183,7 +184,7 @@ def _merge_bias(layer: Any, base: SparseLinear, adapter: str) -> None:
             "an adapter with lora_bias=True cannot be merged into a layer without a bias: train it "
             "with lora_bias=False"
         )
-    base.bias += (bias * layer.scaling[adapter]).to(base.bias.dtype)
+    base.bias.add_((bias * layer.scaling[adapter]).to(base.bias.dtype))
 
 
 def _mask(layer: SparseLinear) -> Tensor:

@@ -88,19 +88,19 @@ def mask_callback(masks: Masks | None = None) -> Any:
         handle: RemovableHandle | None = None
         held: Masks | None = masks
 
-        def on_train_begin(self, *_: Any, model: Any, optimizer: Any, **__: Any) -> None:
-            model = _unwrapped(model)
+        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            model, optimizer = _unwrapped(given["model"]), given["optimizer"]
             self.held = masks_of(model) if self.held is None else self.held
             self.handle = keep_masks_(model, optimizer, self.held)
 
-        def on_save(self, *_: Any, model: Any, **__: Any) -> None:
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             assert self.held is not None
-            check_masks(_unwrapped(model), self.held)
+            check_masks(_unwrapped(given["model"]), self.held)
 
-        def on_train_end(self, *_: Any, model: Any, **__: Any) -> None:
+        def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             assert self.held is not None and self.handle is not None
             self.handle.remove()
-            check_masks(_unwrapped(model), self.held)
+            check_masks(_unwrapped(given["model"]), self.held)
 
     return KeepMasks()
 
