@@ -42,7 +42,8 @@ def write_card(
         if source != directory:
             shutil.copyfile(found, directory / BASE_CARD)
         base = found
-    name = directory.name.removesuffix(".partial")
+    name = _title(found) if is_same_model and found.is_file() else ""
+    name = name or directory.name.removesuffix(".partial")
     text = render_card(report, _metadata(base), name)
     write_text_whole(directory / CARD, text)
 
@@ -51,10 +52,14 @@ def _is_ours(card: Path, directory: Path) -> bool:
     """Whether a card is word for word what we wrote for the report beside it."""
     report = read_report(directory)
     text = card.read_text(encoding="utf-8", errors="replace")
-    name = next((line[2:] for line in text.splitlines() if line.startswith("# ")), "")
-    return report is not None and text == render_card(
-        report, _metadata(directory / BASE_CARD), name
-    )
+    metadata = _metadata(directory / BASE_CARD)
+    return report is not None and text == render_card(report, metadata, _title(card))
+
+
+def _title(card: Path) -> str:
+    """The first heading of a card; empty where there is none."""
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line[2:] for line in lines if line.startswith("# ")), "")
 
 
 def render_card(report: Mapping[str, Any], base_metadata: Mapping[str, Any], name: str) -> str:
