@@ -112,9 +112,7 @@ def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None
     ("tokens", "available", "expected"),
     [
         (16, ALL, "dense"),
-        (768, ALL, "dense"),
-        (1023, ALL, "dense"),
-        (1024, ALL, "cusparselt"),
+        (1024, ALL, "dense"),
         (1024, ("dense", "unpack"), "dense"),
         (16384, ("unpack",), "unpack"),
         (16, (*ALL, "decode"), "decode"),
@@ -130,10 +128,13 @@ def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None
         (1024, ("dense", "prefill", "unpack"), "prefill"),
     ],
 )
-def test_the_rule_where_nothing_was_measured(
+def test_the_rule_where_nothing_was_measured_or_predicted(
     tokens: int, available: tuple[str, ...], expected: str
 ) -> None:
-    assert choice.choose(None, tokens, available) == Candidate(expected)
+    cell = CELL._replace(bucket=choice.find_bucket(tokens))
+    assert choice.choose(None, tokens, available, cell).candidate == Candidate(expected)
+    small = choice.choose(None, tokens, available, cell._replace(n=1024)).candidate
+    assert small == Candidate("dense" if "dense" in available else expected)
 
 
 @pytest.mark.parametrize(
@@ -149,22 +150,22 @@ def test_dense_is_replaced_only_where_something_is_faster(
     speedups: tuple[float, float], at_bucket: str, below: str
 ) -> None:
     known = record(cusparselt=speedups, unpack=(0.5, 0.5))
-    assert choice.choose(known, 1024, ALL).executor == at_bucket
+    assert choice.choose(known, 1024, ALL).candidate.executor == at_bucket
     for tokens in (769, 800, 1023):
-        assert choice.choose(known, tokens, ALL).executor == below
-    assert choice.choose(known, 10**6, ALL).executor == at_bucket, "above all buckets"
+        assert choice.choose(known, tokens, ALL).candidate.executor == below
+    assert choice.choose(known, 10**6, ALL).candidate.executor == at_bucket, "above all buckets"
 
 
 def test_without_the_dense_weight_the_fastest_form_runs() -> None:
     known = record(cusparselt=(0.6, 0.7), unpack=(0.5, 0.5))
-    assert choice.choose(known, 16, ("cusparselt", "unpack")).executor == "cusparselt"
-    assert choice.choose(known, 16, ("unpack",)).executor == "unpack"
+    assert choice.choose(known, 16, ("cusparselt", "unpack")).candidate.executor == "cusparselt"
+    assert choice.choose(known, 16, ("unpack",)).candidate.executor == "unpack"
 
 
 def test_measured_but_unusable_leaves_dense() -> None:
-    assert choice.choose(Record({}, {}, {}), 4096, ALL) == Candidate("dense")
+    assert choice.choose(Record({}, {}, {}), 4096, ALL).candidate == Candidate("dense")
     known = record(decode=(1.7, 1.7))
-    assert choice.choose(known, 16, ALL) == Candidate("dense"), "decode is not built here"
+    assert choice.choose(known, 16, ALL).candidate == Candidate("dense"), "decode is not built here"
 
 
 # -- measuring
@@ -197,8 +198,8 @@ def test_the_best_verified_candidate_is_kept() -> None:
 def test_the_top_may_win_where_the_counts_below_lose() -> None:
     known = table()
     tune(FakeWorker({Candidate("unpack"): 0.5, library(0): at_top(1.43, 0.997)}), into=known)
-    assert choice.choose(known.get(CELL), 1024, ALL) == library(0)
-    assert choice.choose(known.get(CELL), 1016, ALL) == Candidate("dense")
+    assert choice.choose(known.get(CELL), 1024, ALL).candidate == library(0)
+    assert choice.choose(known.get(CELL), 1016, ALL).candidate == Candidate("dense")
 
 
 def test_the_top_and_the_counts_below_have_candidates_of_their_own() -> None:
@@ -207,8 +208,8 @@ def test_the_top_and_the_counts_below_have_candidates_of_their_own() -> None:
     )
     known = table()
     tune(worker, into=known)
-    assert choice.choose(known.get(CELL), 1024, ALL) == library(0)
-    assert choice.choose(known.get(CELL), 1000, ALL) == library(1)
+    assert choice.choose(known.get(CELL), 1024, ALL).candidate == library(0)
+    assert choice.choose(known.get(CELL), 1000, ALL).candidate == library(1)
     below = {candidate for candidate, tokens, _ in worker.tried if tokens < 1024}
     assert library(2) not in below, "too far behind at the top to be tried again"
     again = table()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxsparse.backends import choice, cusparselt, table
+from proxsparse.backends import choice, cusparselt, prediction, table
 from proxsparse.backends.cusparselt import extension as _cuda
 from proxsparse.backends.executors import RUNS, Decode, Kernel, Run, executor, is_right
 from proxsparse.backends.limits import (
@@ -198,8 +198,10 @@ def _decide(
             )
     n, k = values.shape[0], 2 * values.shape[1]
     available = {name for name in RUNS if name != "dense" or dense is not None}
-    record = None
+    record = constants = None
     bucket = choice.find_bucket(tokens)
+    name = str(x.dtype).removeprefix("torch.")
+    cell = choice.Cell(n, k, bucket, name, bias is not None)
     if not can_decode(k, bucket, x.dtype, device) and is_right("decode", device):
         available.add("decode")
     if not can_prefill(n, k, bucket, x.dtype, device) and is_right("prefill", device):
@@ -213,12 +215,23 @@ def _decide(
         available.add("cusparselt")
     if x.dtype in CODES and not isinstance(cusparselt.find_library(), str):
         _warn_of_version(device)
-        name = str(x.dtype).removeprefix("torch.")
-        cell = choice.Cell(n, k, bucket, name, bias is not None)
-        record = table.table_for(device).get(cell)
-    if record is None and dense is not None and bucket > _decode_beats_dense_up_to(device):
+        known = table.table_for(device)
+        record, constants = known.get(cell), known.constants
+    elif x.dtype in CODES:
+        constants = _constants(device)
+    is_predicted = constants is not None and _cuda.has_kernels
+    is_unseen = record is None and dense is not None and not is_predicted
+    if is_unseen and bucket > _decode_beats_dense_up_to(device):
         available.discard("decode")
-    return executor(choice.choose(record, tokens, available), device, x.dtype, n, k, bias)
+    chosen = choice.choose(record, tokens, available, cell, constants)
+    _log.info("%s runs on %s (%s)", cell, *chosen)
+    return executor(chosen.candidate, device, x.dtype, n, k, bias)
+
+
+@functools.cache
+def _constants(device: int) -> prediction.Constants | None:
+    """Those of the GPU's model where cuSPARSELt, and with it the table, is absent."""
+    return table.shipped_constants(torch.cuda.get_device_name(device))
 
 
 @functools.cache
