@@ -40,9 +40,9 @@ struct Kernel {
 using Decode = Kernel<proxsparse::DecodeLayout>;
 using Prefill = Kernel<proxsparse::PrefillLayout>;
 
-template <typename Layout>
-Kernel<Layout> make_kernel(int type, int n, int k, int first, int second, int third) {
-  return {static_cast<ValueType>(type) == ValueType::kBFloat16, n, k, {first, second, third}};
+template <typename Layout, typename... Fields>
+Kernel<Layout> make_kernel(int type, int n, int k, Fields... fields) {
+  return {static_cast<ValueType>(type) == ValueType::kBFloat16, n, k, {fields...}};
 }
 
 DecodeWeight make_weight(int n, Address values, Address codes, Address bias, Address out) {
@@ -142,7 +142,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("has_kernels") = true;
   m.attr("MAX_DECODE_WEIGHTS") = proxsparse::kMaxDecodeWeights;
   py::class_<Decode>(m, "Decode")
-      .def(py::init(&make_kernel<proxsparse::DecodeLayout>), py::arg("type"), py::arg("n"),
+      .def(py::init(&make_kernel<proxsparse::DecodeLayout, int, int, int>), py::arg("type"), py::arg("n"),
            py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
       .def(
           "__call__",
@@ -166,8 +166,9 @@ PYBIND11_MODULE(_cuda, m) {
       unlocked());
   m.def("capture_of", [](Address stream) { return proxsparse::capture_of(pointer(stream)); });
   py::class_<Prefill>(m, "Prefill")
-      .def(py::init(&make_kernel<proxsparse::PrefillLayout>), py::arg("type"), py::arg("n"),
-           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
+      .def(py::init(&make_kernel<proxsparse::PrefillLayout, int, int, int, int>), py::arg("type"), py::arg("n"),
+           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"),
+           py::arg("ahead") = 0)
       .def(
           "__call__",
           [](const Prefill& kernel, int tokens, Address x, Address values, Address codes,

@@ -86,7 +86,7 @@ class Bench:
             layouts = range(choice.LIBRARY_CHOICE, count)
             found += [Candidate("decode", layout) for layout in layouts]
         if not limits.can_prefill(cell.n, cell.k, cell.bucket, dtype, self._device):
-            layouts = range(choice.LIBRARY_CHOICE, len(executors.PREFILL_LAYOUTS))
+            layouts = range(choice.LIBRARY_CHOICE, executors.NUM_TUNED_PREFILL_LAYOUTS)
             found += [Candidate("prefill", layout) for layout in layouts]
         problem = _cuda.SparseLinear(
             *(self._device, limits.CODES[dtype], cell.n, cell.k),
