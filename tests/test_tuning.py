@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -578,3 +579,139 @@ def test_tables_that_ship_are_read(
     table = Table(content["gpu"], content["cusparselt"])
     assert table.path.name == path.name
     assert len(table) == len(content["cells"]) > 0
+
+
+# -- pruning
+
+LLAMA = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+DECODE_TIMES = Path(__file__).parents[1] / "benchmarks/results/h200/sparse_linear_decode.json"
+
+
+@pytest.fixture
+def layouts() -> dict[str, Any]:
+    executors = pytest.importorskip("proxsparse.backends.executors")
+    tuned = executors.PREFILL_LAYOUTS[: executors.NUM_TUNED_PREFILL_LAYOUTS]
+    return {"decode": executors.DECODE_LAYOUTS, "prefill": tuned}
+
+
+def everything(cell: Cell, layouts: dict[str, Any]) -> list[Candidate]:
+    """What a Hopper GPU can try, as `trials.Bench.candidates` lists it."""
+    found = [Candidate("unpack")]
+    if cell.bucket <= 256:
+        found += [Candidate("decode", i) for i in range(-1, len(layouts["decode"]))]
+    if cell.bucket > 64:
+        found += [Candidate("prefill", i) for i in range(-1, len(layouts["prefill"]))]
+    return found + [library(i) for i in range(-1, 21)]
+
+
+def shipped() -> Table:
+    return Table("NVIDIA H200", "0.8.0")
+
+
+def test_pruning_keeps_what_wins_in_the_shipped_table(layouts: dict[str, Any]) -> None:
+    known, kept, executors, total = shipped(), 0, 0, 0
+    for name, found in known._records.items():
+        shape, bucket, dtype, bias = name.split()
+        cell = Cell(*map(int, shape.split("x")), int(bucket[1:]), dtype, bias == "bias")
+        left = search.prune(cell, everything(cell, layouts), known.constants, layouts)
+        for timings in filter(None, (found.top, found.interior)):
+            best = max(timings.values(), key=lambda timing: timing.speedup).candidate
+            total += 1
+            kept += best._replace(split_k=1) in left
+            executors += best.executor in {candidate.executor for candidate in left}
+    assert total > 400 and kept > 0.8 * total  # others are within a percent of what is tried
+    assert executors == total
+
+
+def test_pruned_layouts_are_as_fast_as_all(layouts: dict[str, Any]) -> None:
+    """By the time that every layout of the kernel for few tokens took on an H200."""
+    times: dict[tuple[int, int, int], dict[Candidate, float]] = {}
+    for row in json.loads(DECODE_TIMES.read_text(encoding="utf-8"))["rows"]:
+        if not row["backend"].startswith("cuda"):
+            continue
+        shape, tokens = row["case"].removesuffix(" tokens").split(", ")
+        n, k = map(int, shape.split("x"))
+        words = row["backend"].removeprefix("cuda ")
+        number = -1
+        if words != "chosen":
+            number = layouts["decode"].index(tuple(map(int, words.split("/"))))
+        cells = times.setdefault((n, k, int(tokens)), {})
+        cells[Candidate("decode", number)] = row["us_p50"]
+    losses = []
+    for (n, k, tokens), measured in times.items():
+        cell = Cell(n, k, choice.find_bucket(tokens), "bfloat16", False)
+        left = search.prune(cell, list(measured), shipped().constants, layouts)
+        assert len(left) <= search.NUM_PREDICTED + 1
+        losses.append(min(measured[c] for c in left) / min(measured.values()))
+    assert len(losses) > 100
+    assert statistics.geometric_mean(losses) < 1.005
+    assert max(losses) < 1.13
+
+
+def test_a_model_takes_a_part_of_the_trials(layouts: dict[str, Any]) -> None:
+    """All token ranges of Llama-3.1-8B's layers, as `advise` tunes them."""
+
+    class Gpu(FakeWorker):
+        """Times that the model predicts; the library 1.1 times slower than the best."""
+
+        def __init__(self) -> None:
+            super().__init__({})
+
+        def candidates(self, cell: Cell) -> list[Candidate]:
+            return everything(cell, layouts)
+
+        def measure(self, cell: Cell, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
+            self.tried.append((candidate, tokens, is_final))
+            gain = 1.4 - 0.02 * (candidate.algorithm % 7)
+            if candidate.executor == "cusparselt":
+                gain = 0.5 if cell.bucket <= 64 else 1.2
+            return Outcome("ok", "", 1e-5, 0.4 if candidate.executor == "unpack" else gain)
+
+    known = shipped()
+    cells = [Cell(n, k, bucket, "float16", False) for n, k in LLAMA for bucket in BUCKETS]
+    counts = []
+    for constants in (None, known.constants):
+        worker = Gpu()
+        into = Table("NVIDIA H200", "0.8.0" if constants else "9.9.9")
+        report = tuning.tune(
+            *(into, cells, worker),
+            seconds=60,
+            show_progress=False,
+            prune=None
+            if constants is None
+            else lambda cell, found: search.prune(cell, found, known.constants, layouts),
+        )
+        assert report.num_measured == len(cells)
+        counts.append(len(worker.tried) / len(cells))
+    everywhere, pruned = counts
+    assert pruned < 30 and pruned < 0.3 * everywhere, counts
+
+
+def test_without_constants_everything_is_tried(layouts: dict[str, Any]) -> None:
+    cell = CELL._replace(bucket=128)
+    found = everything(cell, layouts)
+    assert search.prune(cell, found, None, layouts) == found
+    only_library = [library(i) for i in range(4)]
+    assert search.prune(cell, only_library, shipped().constants, layouts) == only_library
+
+
+def test_an_executor_that_is_far_behind_has_one_final_trial() -> None:
+    outcomes: dict[Candidate, float] = {Candidate("prefill", i): 1.5 for i in range(3)}
+    worker = FakeWorker({**outcomes, **{library(i): 0.7 for i in range(3)}})
+    known = table()
+    tune(worker, into=known)
+    finals = {c for c, _, is_final in worker.tried if is_final}
+    assert sum(c.executor == "cusparselt" for c in finals) == 1
+    assert all(c.split_k == 1 for c, *_ in worker.tried), "no split makes up for so much"
+    assert set(known.get(CELL).top) == {"prefill", "cusparselt"}
+
+
+def test_late_cells_are_named() -> None:
+    report = tuning.tune(
+        table(),
+        [CELL],
+        FakeWorker({library(0): 1.2}),
+        seconds=0.0,
+        show_progress=False,
+    )
+    assert report.late == [str(CELL)] and report.num_late == 1 and report.num_measured == 0

@@ -302,7 +302,7 @@ def advise(
     result = run(model, tokens=numbers, device=device, **given)
     measured, whole = result["measured"], result["model"]
     shown = "speedup" if measured else "byte_limit"
-    title = "{} tokens, x" if measured else "bytes, {} tokens"
+    title = "{} tokens, x (predicted)" if measured else "bytes, {} tokens"
     columns = [title.format(m) for m in numbers] + ([] if measured else ["operations"])
     table = show.columns("layer shape", "layers", "dense", "packed", *columns)
     for row in result["shapes"]:
@@ -312,7 +312,7 @@ def advise(
             str(row["layers"]),
             show.size(row["dense_bytes"]),
             show.size(row["packed_bytes"]),
-            *(f"{row[shown][m]:.2f}" for m in numbers),
+            *(f"{row[shown][m]:.2f}{_predicted(row, m)}" for m in numbers),
             *limit,
         )
     console.print(table)
@@ -339,14 +339,22 @@ def advise(
     return result
 
 
+def _predicted(row: dict[str, Any], tokens: int) -> str:
+    predicted = (row["predicted"] or {}).get(tokens)
+    return "" if predicted is None else f" ({predicted:.2f})"
+
+
 def _tuning_lines(tuning: dict[str, Any] | None) -> Iterator[str]:
     """What the tuner did, and what it could not measure or must not use."""
     if tuning is None:
         return
     yield (
         f"tuning: {tuning['num_measured']} cells measured, {tuning['num_known']} known before, "
-        f"{tuning['num_late']} left to the rule when the time was up"
+        f"{tuning['num_late']} left to predictions when the time was up, "
+        f"{tuning['seconds']:.0f} s"
     )
+    for cell in tuning["late"]:
+        yield f"late: {cell}"
     for cell, reason in tuning["problems"].items():
         yield f"not measured: {cell} ({reason})"
     for candidate, reason in tuning["banned"].items():
