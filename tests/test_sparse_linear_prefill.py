@@ -231,7 +231,7 @@ def executors() -> Any:
 
 @pytest.mark.sparse_tc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [65, 512, 1000, 1024])
+@pytest.mark.parametrize("m", [65, 160, 512, 1000, 1024])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1040, 1088), (5120, 5120), (512, 3584)])
 def test_every_layout_on_a_gpu(executors: Any, n: int, k: int, m: int, dtype: torch.dtype) -> None:
     x, w, values, codes, bias = (t.cuda() for t in make(m, n, k, dtype))

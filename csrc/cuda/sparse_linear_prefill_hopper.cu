@@ -42,7 +42,7 @@ constexpr int kSliceRows = kCodeRows;  // of one product
 constexpr int kSliceValueBytes = kSliceRows * kValueRowBytes;
 constexpr int kCodeBytes = kStep * kCodeRows / 8;  // of a stage and a slice
 constexpr int kStagesAt = 1024;                    // before them, barriers
-constexpr int kMostStages = 8;
+constexpr int kMostStages = 8, kMostDeepStages = 10;  // these for 96 tokens
 constexpr int kWarpgroups = 2;                     // that multiply
 constexpr int kWeightWarp = 4 * kWarpgroups, kTokenWarp = kWeightWarp + 1;
 constexpr int kResultWarp = kWeightWarp + 2;
@@ -65,7 +65,8 @@ struct Shape {
 
   static constexpr int kMostSharedBytes = 227 * 1024;
   static constexpr int kStages =
-      std::min((kMostSharedBytes - kStagesAt) / kStageBytes, kMostStages);
+      std::min((kMostSharedBytes - kStagesAt) / kStageBytes,
+               tokens == 96 ? kMostDeepStages : kMostStages);
   static constexpr int kSharedBytes = kStagesAt + kStages * kStageBytes;
 
   // The results of a tile leave through stages of the ring, each with an equal part of those of

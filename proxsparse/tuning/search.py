@@ -157,9 +157,10 @@ class Search:
         if cell.interior:
             leaders = []
             for executor in dict.fromkeys(candidate.executor for candidate in quick):
-                first, *others = self._rank(quick, executor) or [None]
-                if first is None:
+                ranked = self._rank(quick, executor)
+                if not ranked:
                     continue
+                first, *others = ranked
                 is_near = quick[first] >= LEADERS_WITHIN * max(quick.values())
                 within = LEADERS_WITHIN * quick[first]
                 leaders += [first, *(c for c in others if is_near and quick[c] >= within)]

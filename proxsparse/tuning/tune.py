@@ -31,7 +31,7 @@ class Report:
     Attributes:
         num_measured: cells that were measured.
         num_known: cells that were in the table already.
-        num_late: cells that the deadline left to the rule.
+        num_late: cells that the deadline left to predictions.
         problems: cells that could not be measured, and why.
         banned: candidates that must not be used, by cell or dtype, and why.
         late: names of the cells that the deadline left.
@@ -71,7 +71,7 @@ def tune(
         table: is extended and saved.
         cells: to measure.
         worker: tries the candidates.
-        seconds: no trial starts after this many; the cells left over stay with the rule, and the
+        seconds: no trial starts after this many; the cells left over stay with predictions, and the
             cell under way is not kept. One trial may overrun by its own time limit.
         clock: a monotonic clock in seconds.
         show_progress: a progress bar on stderr, with what is left of the time.
