@@ -144,7 +144,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         for size in ("", "_large") if 2 * row["n"] * row["k"] >= LARGE else ("",):
             gains.setdefault(f"geomean_middle{size}", []).append(max(1.0, *ours.values()))
             gains.setdefault(f"geomean_middle{size}_tuned", []).append(max(1.0, *tuned.values()))
-            gains.setdefault(f"geomean_middle{size}_chosen", []).append(ours["prefill"])
+            gains.setdefault(f"geomean_middle{size}_chosen", []).append(ours.get("prefill", 1.0))
     return {name: round(geometric_mean(values), 3) for name, values in sorted(gains.items())}
 
 

@@ -151,6 +151,32 @@ def test_more_takes_longer(constants: Constants) -> None:
         assert 1e-6 < small < large < 1e-3
 
 
+def test_a_layer_says_once_what_it_runs_on_and_why(
+    constants: Constants, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend: Any = pytest.importorskip("proxsparse.backends.cuda")
+    for name in ("can_decode", "can_prefill"):
+        monkeypatch.setattr(backend, name, lambda *_: "")
+    monkeypatch.setattr(backend, "is_right", lambda *_: True)
+    monkeypatch.setattr(backend, "executor", lambda candidate, *_: candidate)
+    monkeypatch.setattr(backend.cusparselt, "find_library", lambda: "there is none")
+    monkeypatch.setattr(backend, "_constants", lambda _: constants)
+    monkeypatch.setattr(backend._cuda, "has_kernels", True)
+    monkeypatch.setattr(tables, "decisions", {})
+    dense = torch.empty(14336, 4096, dtype=torch.bfloat16)
+    values, x = dense[:, :2048], torch.empty(16, 4096, dtype=torch.bfloat16)
+    caplog.set_level("INFO", logger="proxsparse.backends.cuda")
+    for tokens in (16, 12, 11, 16):  # the bucket, and below it
+        run = backend.find_run(x[:tokens], values, values, None, None, dense)
+        assert run == Candidate("decode")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    wanted = (
+        r"14336x4096 m16 bfloat16 no-bias runs on decode \(predicted: decode 1\.\d\d times .*\)"
+    )
+    assert all(re.fullmatch(wanted, line) for line in lines), lines
+
+
 # -- the file
 
 
