@@ -129,6 +129,18 @@ def test_a_prediction_needs_its_margin(constants: Constants) -> None:
     assert choose(*between, constants._replace(margin=9, margin_between=1)) == Candidate("prefill")
 
 
+def test_counts_of_one_range_run_on_the_same(constants: Constants) -> None:
+    """What is decided for the lowest count of a range is what any other would decide."""
+    starts = {choice.range_of(tokens): tokens for tokens in choice.RANGE_STARTS}
+    assert list(starts.values()) == choice.RANGE_STARTS, "no range twice"
+    for tokens in (*range(1, 2300, 7), 5000, 16383, 16384, 40000):
+        start = starts[choice.range_of(tokens)]
+        assert start <= tokens
+        for shape in ((14336, 4096), (4096, 4096), (1024, 5120)):
+            assert choose(*shape, tokens, constants) == choose(*shape, start, constants)
+    assert choose(14336, 4096, 800, constants) != choose(14336, 4096, 1000, constants)
+
+
 def test_the_reason_is_in_words(constants: Constants) -> None:
     def reason(n: int, k: int, tokens: int, known: Constants | None) -> str:
         return choice.choose(None, tokens, ALL, cell(n, k, tokens), known).reason

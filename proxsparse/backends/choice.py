@@ -46,6 +46,7 @@ RULE_SMALLEST = 4096 * 4096
 RULE_BEATS_UNPACK_FROM = 65
 # Between these buckets token counts below the end of their range need `margin_between`.
 _BETWEEN = range(65, 2049)
+_TILE = 128
 
 
 class Candidate(NamedTuple):
@@ -140,6 +141,25 @@ class Record(NamedTuple):
         return self.top if tokens >= find_bucket(tokens) else self.interior
 
 
+def count_tiles(tokens: int) -> int:
+    """Tiles of 128 tokens up to 2048 tokens, from there 0: a prediction is one for as many."""
+    return -(-tokens // _TILE) if tokens <= _BETWEEN[-1] else 0
+
+
+def range_of(tokens: int) -> tuple[int, bool, int]:
+    """What token counts that are decided together have in common.
+
+    The index of their bucket, whether they are its end, and their tiles.
+    """
+    return bisect.bisect_left(BUCKETS, tokens), tokens in BUCKETS, count_tiles(tokens)
+
+
+# The lowest token count of each range; above the last bucket there is one more.
+RANGE_STARTS = sorted(
+    {1, *BUCKETS, *(count + 1 for count in BUCKETS), *range(1, _BETWEEN[-1], _TILE)}
+)
+
+
 def find_bucket(tokens: int) -> int:
     """The bucket of a token count of at least 1; the last one for those above it."""
     return BUCKETS[min(bisect.bisect_left(BUCKETS, tokens), len(BUCKETS) - 1)]
@@ -161,7 +181,7 @@ def choose(
 ) -> Choice:
     """What a call runs on.
 
-    The answer is the same for all token counts between two buckets, and for those above the last
+    The answer is the same for all token counts of one `range_of`, and for those above the last
     bucket the same as at the last bucket.
 
     Args:
@@ -194,9 +214,12 @@ def predict_speedups(
 ) -> dict[str, float]:
     """Executor -> predicted speed-up over dense, for those available that have a model.
 
-    As for measurements, the worst of the counts that stand for a range decides below its end.
+    As for measurements, the worst of the counts that stand for a range decides below its end, but
+    where a range has several tiles of tokens: there the lowest count of as many tiles does.
     """
     counts = (cell.bucket,) if tokens >= cell.bucket else cell.interior
+    if tokens < cell.bucket and cell.bucket in _BETWEEN:
+        counts = (max(cell.lowest, count_tiles(tokens) * _TILE - _TILE + 1),)
     return {
         name: prediction.predicted_speedup(name, cell.n, cell.k, counts, constants)
         for name in prediction.EXECUTORS

@@ -9,7 +9,6 @@ Importing this module raises ImportError, with the reason, when the extension wa
 
 from __future__ import annotations
 
-import bisect
 import functools
 import logging
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ __all__ = ["compress_2to4_cuda", "sparse_linear_cuda", "sparse_linear_group_cuda
 
 _log = logging.getLogger(__name__)
 
-_BUCKETS = frozenset(choice.BUCKETS)
+_RANGES = tuple(map(choice.range_of, range(2049)))  # a look-up takes less time than asking
 
 
 def sparse_linear_cuda(
@@ -152,8 +151,7 @@ def find_run(
     # What must agree but differs is a key of its own, and refused when it is first seen.
     key = (
         *(x.get_device(), x.dtype, values.dtype, n, half),
-        bisect.bisect_left(choice.BUCKETS, tokens),
-        tokens in _BUCKETS,  # the end of a range is decided by itself
+        _RANGES[tokens] if tokens < len(_RANGES) else choice.range_of(tokens),
         None if bias is None else bias.dtype,
         None if compressed is None else compressed.get_device(),
         None if dense is None else dense.dtype,
@@ -176,7 +174,7 @@ def decide_every_count(
     """See `ops.decide_sparse_linear`."""
     row = values.new_empty(1, 2 * values.shape[1])
     with torch.cuda.device(values.device):
-        for tokens in {*_BUCKETS, *(top + 1 for top in _BUCKETS)}:
+        for tokens in choice.RANGE_STARTS:
             find_run(row.expand(tokens, -1), values, codes, bias, compressed, None)
 
 

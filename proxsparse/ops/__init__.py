@@ -380,7 +380,7 @@ def decide_sparse_linear(
         compressed: of the calls, or None.
 
     Cost: the first weight of a GPU has its kernels tried, which takes milliseconds and waits for
-    them; others look up 40 decisions.
+    them; others look up 50 decisions.
     """
     check_packed_2to4(values, codes)
     if values.is_cuda and not isinstance(implementation("sparse_linear", "cuda"), str):
