@@ -288,12 +288,14 @@ def measured_for(path: Path) -> list[Measured]:
     return read_table(path) + read_rows(ROOT / "benchmarks" / "results" / card / "rule.json")
 
 
-def entry_of(constants: Constants) -> dict[str, Any]:
-    """As the table file has it."""
-    return {
+def entry_of(constants: Constants, verdict: Verdict) -> dict[str, Any]:
+    """As the table file has it, with what holding models out gave."""
+    entry = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in constants._asdict().items()
     }
+    figures = dataclasses.asdict(verdict)
+    return {**entry, "held_out": {name: round(value, 4) for name, value in figures.items()}}
 
 
 def main() -> None:
@@ -316,14 +318,15 @@ def main() -> None:
             margin=margins[0], margin_between=margins[1], algorithms=best_algorithms(path)
         )
         print(path.name, {name: f"{error:.1%}" for name, error in errors.items()}, constants)
-        print("held out, dense at hand:", judge(pairs, margins))
+        verdict = judge(pairs, margins)
+        print("held out, dense at hand:", verdict)
         without = ("decode", "prefill", "cusparselt", "unpack")
         print("held out, without dense:", judge(pairs, margins, without))
         if not args.check:
             content = json.loads(path.read_text(encoding="utf-8"))
             head = {name: content[name] for name in ("format", "gpu", "cusparselt")}
-            content = {**head, "model": entry_of(constants), **content}
-            content["model"] = entry_of(constants)
+            content.pop("model", None)
+            content = {**head, "model": entry_of(constants, verdict), **content}
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

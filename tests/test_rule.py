@@ -63,6 +63,9 @@ def test_a_model_that_was_held_out_runs_well(path: Path, fit_rule: Any) -> None:
     assert with_dense.num > 300
     assert with_dense.regret <= 1.04
     assert with_dense.slower <= 0.01
+    kept = margins["held_out"]
+    assert with_dense.regret == pytest.approx(kept["regret"], abs=0.005)
+    assert with_dense.num == kept["num"]
     without = fit_rule.judge(pairs, None, ("decode", "prefill", "cusparselt", "unpack"))
     assert without.regret <= 1.04
 
