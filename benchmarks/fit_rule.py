@@ -240,6 +240,8 @@ def judge(
 ) -> Verdict:
     """Looks up what the choice by prediction would have cost.
 
+    Cells from before our kernels, which know neither, say nothing of it and are left out.
+
     Args:
         pairs: measurements, with the constants to predict them by.
         margins: in place of the constants' own.
@@ -247,6 +249,8 @@ def judge(
     """
     regrets, speedups = [], []
     for one, constants in pairs:
+        if not one.timings.keys() & {"decode", "prefill"}:
+            continue
         if margins is not None:
             constants = constants._replace(margin=margins[0], margin_between=margins[1])
         known = {name: gain for name, (_, gain) in one.timings.items() if name in available}
