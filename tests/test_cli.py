@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import proxsparse
 from proxsparse.cli import app
+from proxsparse.cli.framework import choose_wait_policy
 from proxsparse.config import METHOD_OPTIONS, CalibrationConfig, LearnConfig, TargetConfig
 
 DEMO = str(Path(proxsparse.__file__).parent / "demo_model")
@@ -227,6 +229,16 @@ def test_inspect_of_a_dense_model_says_no(tmp_path: Path) -> None:
 def test_version_and_no_command() -> None:
     assert run("--version").output.strip() == proxsparse.__version__
     assert "prune" in run().output
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_idle_threads_sleep_unless_told_otherwise(monkeypatch: Any, given: str | None) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    choose_wait_policy()
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is undone
 
 
 def test_help_is_fast_and_light() -> None:
