@@ -160,7 +160,7 @@ def test_killed_run_resumes_to_the_same_masks(tmp_path: Path, text: Path, method
         proxsparse.prune(DEMO, output, calibration=text, method=method, **settings)
     with pytest.raises(ProxsparseError, match="another model, text or settings"):
         proxsparse.prune(
-            DEMO, output, calibration=text, method=method, resume=True, **{**settings, "lam": 3.0}
+            DEMO, output, calibration=text, method=method, resume=True, **{**settings, "lam": 4.0}
         )
     resumed = proxsparse.prune(
         DEMO, output, calibration=text, method=method, resume=True, **settings
