@@ -22,7 +22,7 @@ from proxsparse.vllm.names import PackedNames, Summary, check_all_taken
 log = logging.getLogger("vllm.plugins.proxsparse")
 
 METHOD = "proxsparse"  # what `--quantization` and config.json call it
-TESTED = ((0, 26), (0, 32))  # the oldest and the newest vLLM that the tests ran with
+KNOWN = ((0, 26), (0, 32))  # the oldest and the newest vLLM whose interfaces were looked at
 _DENSE_INSTEAD = (
     "`proxsparse unpack DIR DENSE` writes the dense model, which vLLM serves without the plug-in"
 )
@@ -286,10 +286,10 @@ def _warn_of_version() -> None:
         major, minor = (int(number) for number in version.split(".")[:2])
     except ValueError:
         return
-    if not TESTED[0] <= (major, minor) <= TESTED[1]:
-        (a, b), (c, d) = TESTED
+    if not KNOWN[0] <= (major, minor) <= KNOWN[1]:
+        (a, b), (c, d) = KNOWN
         log.warning(
-            "proxsparse's plug-in was tested with vLLM %d.%d to %d.%d, and this is %s: if it "
+            "proxsparse's plug-in is made for vLLM %d.%d to %d.%d, and this is %s: if it "
             "fails, please report it",
             *(a, b, c, d, version),
         )
