@@ -4,11 +4,10 @@
 
 `rule`: dense and our two kernels, in the layouts that they choose, for layers of 576 features to
 8192 and 1 to 8192 tokens; fit_rule.py reads its rule.json. `middle`: every layout of the kernel for
-many tokens for 96 to 1000 tokens, beside dense and the kernel for few, in middle.json; with the
-layouts that are not tuned with yet. Replayed from CUDA graphs, with weights in rotation that leave
-the L2 cache behind, each once a round; every result is checked against float64 before it is timed.
-When the seconds are over, the cells that are left are skipped, the most useful come first. Needs a
-GPU of compute capability 9.0.
+many tokens for 96 to 1000 tokens, beside dense and the kernel for few, in middle.json. Replayed
+from CUDA graphs, with weights in rotation that leave the L2 cache behind, each once a round; every
+result is checked against float64 before it is timed. When the seconds are over, the cells that are
+left are skipped, the most useful come first. Needs a GPU of compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -83,9 +82,9 @@ def backends(n: int, k: int, x: Tensor, is_middle: bool) -> dict[str, Callable[[
     if tokens <= 256:
         kernels["decode"] = executors.Decode((0, 0, 0), device, x.dtype, n, k)
     if tokens > 64:
-        kernels["prefill"] = executors.Prefill((0, 0, 0, 0), device, x.dtype, n, k)
+        kernels["prefill"] = executors.Prefill((0, 0, 0), device, x.dtype, n, k)
         for layout in executors.PREFILL_LAYOUTS if is_middle else ():
-            name = "prefill {}/{}/{}/{}".format(*layout)
+            name = "prefill {}/{}/{}".format(*layout)
             kernels[name] = executors.Prefill(layout, device, x.dtype, n, k)
     for name, kernel in kernels.items():
         runs[name] = lambda w, kernel=kernel: kernel(x, w.values, w.codes, None)
@@ -133,25 +132,17 @@ def measure(
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """From 65 to 1023 tokens the best layout over dense: of all, of the tuned ones, the chosen."""
+    """From 65 to 1023 tokens, over dense: the best layout or dense, and the layout chosen."""
     gains: dict[str, list[float]] = {}
     for row in rows:
         if not 64 < row["tokens"] < 1024:
             continue
         us = row["us"]
         ours = {name: us["dense"] / taken for name, taken in us.items() if name != "dense"}
-        tuned = {name: gain for name, gain in ours.items() if name not in untuned()}
         for size in ("", "_large") if 2 * row["n"] * row["k"] >= LARGE else ("",):
             gains.setdefault(f"geomean_middle{size}", []).append(max(1.0, *ours.values()))
-            gains.setdefault(f"geomean_middle{size}_tuned", []).append(max(1.0, *tuned.values()))
             gains.setdefault(f"geomean_middle{size}_chosen", []).append(ours.get("prefill", 1.0))
     return {name: round(geometric_mean(values), 3) for name, values in sorted(gains.items())}
-
-
-def untuned() -> set[str]:
-    """Names of the layouts that tuning does not try."""
-    layouts = executors.PREFILL_LAYOUTS[executors.NUM_TUNED_PREFILL_LAYOUTS :]
-    return {"prefill {}/{}/{}/{}".format(*layout) for layout in layouts}
 
 
 def main() -> None:

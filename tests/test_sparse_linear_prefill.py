@@ -18,14 +18,14 @@ from proxsparse import ops
 from proxsparse.ops import reference
 
 LAYOUTS = [
-    *(
-        (rows, tokens, cluster, 0)
-        for rows, tokens in ((256, 192), (128, 256), (128, 128), (128, 64))
-        for cluster in (1, 2)
-    ),
-    *((128, tokens, cluster, 1) for tokens in (96, 160, 192) for cluster in (1, 2)),
+    (rows, tokens, cluster)
+    for rows, tokens in (
+        *((256, 192), (128, 256), (128, 128), (128, 64)),
+        *((128, 192), (128, 160), (128, 96)),
+    )
+    for cluster in (1, 2)
 ]
-SHARING = (128, 256, 2, 0)  # in which 66 clusters share the 32 tiles of 4096 rows and 512 tokens
+SHARING = (128, 256, 2)  # in which 66 clusters share the 32 tiles of 4096 rows and 512 tokens
 # A device, its multiprocessors and its major compute capability.
 TWO, HOPPER, BLACKWELL = (0, 2, 9), (1, 132, 9), (2, 148, 10)
 
@@ -41,7 +41,7 @@ def emulate(build_emulator: Callable[..., ctypes.CDLL]) -> Callable[..., Tensor]
         values: Tensor,
         codes: Tensor,
         bias: Tensor | None = None,
-        layout: tuple[int, int, int, int] = (0, 0, 0, 0),
+        layout: tuple[int, int, int] = (0, 0, 0),
         *,
         early: bool = False,
         descending: bool = False,
@@ -101,7 +101,7 @@ def exact(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(
-    emulate: Callable[..., Tensor], layout: tuple[int, int, int, int], descending: bool, early: bool
+    emulate: Callable[..., Tensor], layout: tuple[int, int, int], descending: bool, early: bool
 ) -> None:
     # Several tiles a block, none of the last ones whole, more chunks than the ring has stages.
     x, w, values, codes, bias = make(layout[1] + 40, 2 * layout[0] + 72, 64 * 11)
@@ -114,11 +114,11 @@ def test_every_layout(
 @pytest.mark.parametrize("k", [64, 128, 192])
 @pytest.mark.parametrize(
     "layout",
-    [(256, 192, 1, 0), (128, 256, 1, 0), (128, 64, 1, 1), (128, 64, 2, 0), (128, 96, 2, 1)],
+    [(256, 192, 1), (128, 256, 1), (128, 64, 1), (128, 64, 2), (128, 96, 2)],
 )
 def test_tiles_shorter_than_the_ring(
     emulate: Callable[..., Tensor],
-    layout: tuple[int, int, int, int],
+    layout: tuple[int, int, int],
     k: int,
     descending: bool,
     early: bool,
@@ -139,9 +139,9 @@ def test_every_size(emulate: Callable[..., Tensor], m: int, n: int, dtype: torch
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tiles_that_blocks_share(
-    emulate: Callable[..., Tensor], layout: tuple[int, int, int, int], has_bias: bool
+    emulate: Callable[..., Tensor], layout: tuple[int, int, int], has_bias: bool
 ) -> None:
-    rows, tokens, cluster, _ = layout
+    rows, tokens, cluster = layout
     # Enough to be worth it.
     k = 64 * (32 if rows * tokens > 128 * 192 else 40 if tokens > 128 else 64)
     device = (10 + cluster, 5 * cluster, 9)
@@ -160,7 +160,7 @@ def test_tiles_that_blocks_share(
 
 def test_bands_of_token_tiles(emulate: Callable[..., Tensor]) -> None:
     x, w, values, codes, bias = make(64 * 19, 128 * 3, 64)
-    assert torch.equal(emulate(x, values, codes, bias, (128, 64, 1, 0)), exact(x, w, bias))
+    assert torch.equal(emulate(x, values, codes, bias, (128, 64, 1)), exact(x, w, bias))
 
 
 def test_groups_with_fewer_than_two_entries(emulate: Callable[..., Tensor]) -> None:
@@ -192,18 +192,18 @@ def test_rounding_is_that_of_float32_sums(
 @pytest.mark.parametrize(
     ("n", "k", "layout", "device", "message"),
     [
-        (64, 96, (0, 0, 0, 0), HOPPER, "in_features must be a multiple of 64"),
-        (60, 64, (0, 0, 0, 0), HOPPER, "out_features must be a multiple of 8"),
-        (64, 64, (192, 64, 1, 0), HOPPER, "no such layout"),
-        (64, 64, (0, 0, 4, 0), HOPPER, "no such layout"),
-        (64, 64, (0, 0, 0, 0), BLACKWELL, "compute capability 9.0"),
+        (64, 96, (0, 0, 0), HOPPER, "in_features must be a multiple of 64"),
+        (60, 64, (0, 0, 0), HOPPER, "out_features must be a multiple of 8"),
+        (64, 64, (192, 64, 1), HOPPER, "no such layout"),
+        (64, 64, (0, 0, 4), HOPPER, "no such layout"),
+        (64, 64, (0, 0, 0), BLACKWELL, "compute capability 9.0"),
     ],
 )
 def test_refuses_what_it_cannot(
     emulate: Callable[..., Tensor],
     n: int,
     k: int,
-    layout: tuple[int, int, int, int],
+    layout: tuple[int, int, int],
     device: tuple[int, int, int],
     message: str,
 ) -> None:
@@ -236,7 +236,7 @@ def executors() -> Any:
 def test_every_layout_on_a_gpu(executors: Any, n: int, k: int, m: int, dtype: torch.dtype) -> None:
     x, w, values, codes, bias = (t.cuda() for t in make(m, n, k, dtype))
     expected = exact(x, w, bias)
-    for layout in ((0, 0, 0, 0), *executors.PREFILL_LAYOUTS):
+    for layout in ((0, 0, 0), *executors.PREFILL_LAYOUTS):
         run = executors.Prefill(layout, 0, dtype, n, k)
         torch.full((m, n), torch.nan, dtype=dtype, device="cuda")  # poisons what run reuses
         for _ in range(3):

@@ -590,8 +590,7 @@ DECODE_TIMES = Path(__file__).parents[1] / "benchmarks/results/h200/sparse_linea
 @pytest.fixture
 def layouts() -> dict[str, Any]:
     executors = pytest.importorskip("proxsparse.backends.executors")
-    tuned = executors.PREFILL_LAYOUTS[: executors.NUM_TUNED_PREFILL_LAYOUTS]
-    return {"decode": executors.DECODE_LAYOUTS, "prefill": tuned}
+    return {"decode": executors.DECODE_LAYOUTS, "prefill": executors.PREFILL_LAYOUTS}
 
 
 def everything(cell: Cell, layouts: dict[str, Any]) -> list[Candidate]:

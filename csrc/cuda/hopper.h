@@ -123,18 +123,6 @@ __device__ __forceinline__ void copy_tile_to_cluster(void* to, const TileMap& ma
       : "memory");
 }
 
-// Asks for the tile to be in the L2 cache when it is copied later.
-__device__ __forceinline__ void fetch_tile(const TileMap& map, int row, int column) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map),
-               "r"(column), "r"(row)
-               : "memory");
-}
-
-// The same for bytes that lie together, a multiple of 16.
-__device__ __forceinline__ void fetch_bytes(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // Bytes that lie together, a multiple of 16; they count for the barrier.
 __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes,
                                            Barrier* barrier) {

@@ -166,9 +166,8 @@ PYBIND11_MODULE(_cuda, m) {
       unlocked());
   m.def("capture_of", [](Address stream) { return proxsparse::capture_of(pointer(stream)); });
   py::class_<Prefill>(m, "Prefill")
-      .def(py::init(&make_kernel<proxsparse::PrefillLayout, int, int, int, int>), py::arg("type"), py::arg("n"),
-           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"),
-           py::arg("ahead") = 0)
+      .def(py::init(&make_kernel<proxsparse::PrefillLayout, int, int, int>), py::arg("type"), py::arg("n"),
+           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
       .def(
           "__call__",
           [](const Prefill& kernel, int tokens, Address x, Address values, Address codes,

@@ -132,7 +132,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                                  const __grid_constant__ TileMap y, const std::uint8_t* codes,
                                  const typename S::T* bias, int N, int K, Tiles tiles,
                                  int shared_tiles, int extra, int cluster, int clusters, int share,
-                                 int ahead,
                                  float4* partial, int* signals) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
@@ -178,9 +177,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #pragma unroll 1
         for (int chunk = segment.first; chunk < end; ++chunk) {
           wait_for_phase(read + turn.stage, turn.parity ^ 1);
-          if (is_elected()) {
-            visit(place, segment.last, chunk, turn.stage, ring + turn.stage * S::kStageBytes);
-          }
+          if (is_elected()) visit(place, chunk, turn.stage, ring + turn.stage * S::kStageBytes);
           turn.advance(1, S::kStages);
         }
       }
@@ -190,7 +187,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     // the full size. Codes are not a matrix: of rows past the last those of the last tile are read,
     // which selects among zeros.
     if (warp == kWeightWarp) {
-      for_all_stages([&](TilePlace place, int last, int chunk, int stage, unsigned char* at) {
+      for_all_stages([&](TilePlace place, int chunk, int stage, unsigned char* at) {
         Barrier* barrier = landed + stage;
         if (chunk >= chunks) {
           arrive(barrier);  // for results
@@ -198,27 +195,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         }
         arrive_and_expect(barrier, S::kBytes);
         copy_tile(at + S::kValuesAt, values, place.row, chunk * kStep / 2, barrier);
-        const auto codes_of = [&](int slice, int of_chunk) {
-          const std::int64_t code_row = min(place.row + slice * kCodeRows, N - 1) / kCodeRows;
-          return codes + (code_row * chunks + of_chunk) * kCodeBytes;
-        };
 #pragma unroll
         for (int i = 0; i < S::kRows / kSliceRows; ++i) {
-          copy_bytes(at + S::kCodesAt + i * kCodeBytes, codes_of(i, chunk), kCodeBytes, barrier);
-        }
-        // Where tiles of tokens are few, the weight comes from memory, and the ring alone asks for
-        // too little of it at a time. The first tile of tokens fetches it for all.
-        if (const int next = chunk + ahead; ahead > 0 && next < last && place.token == 0) {
-          fetch_tile(values, place.row, next * kStep / 2);
-#pragma unroll
-          for (int i = 0; i < S::kRows / kSliceRows; ++i) {
-            fetch_bytes(codes_of(i, next), kCodeBytes);
-          }
+          const std::int64_t code_row = min(place.row + i * kCodeRows, N - 1) / kCodeRows;
+          copy_bytes(at + S::kCodesAt + i * kCodeBytes,
+                     codes + (code_row * chunks + chunk) * kCodeBytes, kCodeBytes, barrier);
         }
       });
     } else if (warp == kTokenWarp) {
       wait_for_previous_grid();
-      for_all_stages([&](TilePlace place, int, int chunk, int stage, unsigned char* at) {
+      for_all_stages([&](TilePlace place, int chunk, int stage, unsigned char* at) {
         if (chunk >= chunks) return;
         Barrier* barrier = landed + stage;
         const int token = place.token + part * share;
@@ -444,7 +430,6 @@ const char* launch(const PrefillCall& call, int index, const Device& device, con
                           y, static_cast<const std::uint8_t*>(call.codes),
                           static_cast<const T*>(call.bias), call.out_features, call.in_features,
                           plan.tiles, plan.shared_tiles, plan.extra, cluster, plan.clusters, share,
-                          plan.layout.ahead != 0 ? S::kStages : 0,
                           static_cast<float4*>(call.workspace), call.signals);
 }
 

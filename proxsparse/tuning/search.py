@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from proxsparse.backends import prediction
 from proxsparse.backends.choice import LIBRARY_CHOICE, Candidate, Cell, Record, Timing
-from proxsparse.backends.prediction import Constants
+from proxsparse.backends.prediction import FOR_MANY_TOKENS, Constants
 
 NUM_FINALISTS = 3  # of each executor are measured with care: quick trials are noisy
 # Of an executor that comes this close to the fastest of all; of one further behind only its first.
@@ -22,14 +22,11 @@ NEAR = 0.93
 # So many layouts of a kernel are tried, the first that are predicted, beside its own choice. On an
 # H200 that leaves the kernel for few tokens within 0.3 % of its best of 24 on average, and has 92 %
 # of the winners of the kernel for many.
-NUM_PREDICTED = 4
+NUM_PREDICTED = 5
 # The library is not tried where our kernels are predicted to beat it by far. Below this bucket none
 # of its algorithms was ever the fastest.
 LIBRARY_FROM = 192
-NUM_ALGORITHMS = (
-    4,
-    2,
-)  # of the library, the first that won before: up to 1536 tokens, and from there
+NUM_ALGORITHMS = 2  # of the library, the first that won before: each needs plans, which take long
 # "decode" and "prefill" -> their layouts, by the number of a candidate.
 Layouts = Mapping[str, Sequence[tuple[int, ...]]]
 # Below the upper end those are tried that come this close to the best one's speed-up there: a
@@ -91,6 +88,8 @@ def prune(
     kept = [c for c in candidates if c.executor in ours and c.algorithm == LIBRARY_CHOICE]
     for executor in ours:
         numbered = [c for c in candidates if c.executor == executor and c.algorithm >= 0]
+        if executor == "prefill" and cell.bucket > 1024:  # the others are for fewer tokens
+            numbered = [c for c in numbered if layouts[executor][c.algorithm] in FOR_MANY_TOKENS]
         for tokens, most in ((cell.bucket, NUM_PREDICTED), (cell.lowest, 1)):
             if tokens != cell.bucket and cell.bucket <= 64:
                 continue
@@ -112,8 +111,7 @@ def prune(
     known = constants.algorithms
     library = [c for c in candidates if c.executor == "cusparselt"]
     if cell.bucket >= LIBRARY_FROM:
-        most = NUM_ALGORITHMS[cell.bucket > 1536]
-        kept += [c for c in library if c.algorithm in known[:most] or not known]
+        kept += [c for c in library if c.algorithm in known[:NUM_ALGORITHMS] or not known]
     return kept
 
 
@@ -141,6 +139,7 @@ class Search:
     ) -> None:
         self._cell, self._measure = cell, measure
         self._split = split or split_variants
+        self._is_pruned = split is not None
         self._banned: dict[str, str] = {}
         # Wrong or fatal at one token count, and so not trusted at the others.
         self._unfit: set[Candidate] = set()
@@ -149,6 +148,10 @@ class Search:
         """What is found; raises Unmeasurable where the failure is no candidate's."""
         cell = self._cell
         quick = self._try_all(candidates, cell.bucket)
+        if self._is_pruned and quick:  # what is known to lie far behind is not worth more trials
+            worth = LEADERS_WITHIN * max(quick.values())
+            best_of = {c.executor: quick[c] for c in sorted(quick, key=lambda c: quick[c])}
+            quick = {c: gain for c, gain in quick.items() if best_of[c.executor] >= worth}
         best = self._rank(quick, "cusparselt")[:2]
         if best and quick[best[0]] < LEADERS_WITHIN * max(quick.values()):
             best = []  # splitting the sum does not make up for so much

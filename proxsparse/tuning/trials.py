@@ -76,6 +76,7 @@ class Bench:
         self._x = self._exact = torch.empty(0)
         self._dense: dict[int, _Dense] = {}
         self._verified: set[tuple[Candidate, int]] = set()  # at a token count of this cell
+        self._runs: dict[tuple[Candidate, bool], executors.Run] = {}  # of this cell
 
     def candidates(self, cell: Cell) -> list[Candidate]:
         """What there is to try for the cell, without split-K variants."""
@@ -87,7 +88,7 @@ class Bench:
             layouts = range(choice.LIBRARY_CHOICE, count)
             found += [Candidate("decode", layout) for layout in layouts]
         if not limits.can_prefill(cell.n, cell.k, cell.bucket, dtype, self._device):
-            layouts = range(choice.LIBRARY_CHOICE, executors.NUM_TUNED_PREFILL_LAYOUTS)
+            layouts = range(choice.LIBRARY_CHOICE, len(executors.PREFILL_LAYOUTS))
             found += [Candidate("prefill", layout) for layout in layouts]
         problem = _cuda.SparseLinear(
             *(self._device, limits.CODES[dtype], cell.n, cell.k),
@@ -103,9 +104,12 @@ class Bench:
         """Verifies a candidate and times it beside dense, at one token count of the cell."""
         self._prepare(cell)
         weight = self._weights[0]
-        run = executors.executor(
-            candidate, self._device, weight.dense.dtype, cell.n, cell.k, self._bias
-        )
+        key = candidate, cell.has_bias
+        run = self._runs.get(key)
+        if run is None:  # the library's plans, of which each takes tens of milliseconds, are kept
+            run = self._runs[key] = executors.executor(
+                candidate, self._device, weight.dense.dtype, cell.n, cell.k, self._bias
+            )
         if (candidate, tokens) not in self._verified:
             wrong = self._check(run, tokens)
             if wrong:
@@ -117,7 +121,7 @@ class Bench:
         """Makes the cell's data; weights are kept from one cell to the next of the same shape."""
         if cell == self._cell:
             return
-        self._cell, self._dense, self._verified = None, {}, set()
+        self._cell, self._dense, self._verified, self._runs = None, {}, set(), {}
         self._x = self._exact = torch.empty(0)
         dtype: torch.dtype = getattr(torch, cell.dtype)
         device = torch.device("cuda", self._device)
