@@ -20,7 +20,7 @@ NUM_FINALISTS = 3  # of each executor are measured with care: quick trials are n
 # Of an executor that comes this close to the fastest of all; of one further behind only its first.
 NEAR = 0.93
 # So many layouts of a kernel are tried, the first that are predicted, beside its own choice. On an
-# H200 that leaves the kernel for few tokens within 0.3 % of its best of 24 on average, and has 92 %
+# H200 that leaves the kernel for few tokens within 0.3 % of its best of 24 on average, and most
 # of the winners of the kernel for many.
 NUM_PREDICTED = 5
 # The library is not tried where our kernels are predicted to beat it by far. Below this bucket none
