@@ -13,6 +13,23 @@ from typing import Any, Literal
 
 from proxsparse.errors import ProxsparseError
 
+FP8_DYNAMIC = "FP8_DYNAMIC"  # the scheme of compressed-tensors: see `ops.reference.quantize_fp8`
+SCHEMES = (FP8_DYNAMIC,)
+
+
+def check_scheme(name: str | None, *, what: str = "--quantize") -> None:
+    """Refuse a scheme of quantisation that nothing here knows.
+
+    Args:
+        name: of a scheme; None for weights as they are.
+        what: says it.
+
+    Raises:
+        ProxsparseError: there is no such scheme.
+    """
+    if name is not None and name not in SCHEMES:
+        raise ProxsparseError(f"{what} is {name!r}: choose {', '.join(SCHEMES)}")
+
 
 def option(default: Any, help: str, *, minimum: float | None = None) -> Any:
     """A dataclass field with its help text and, for numbers, the smallest value allowed."""
