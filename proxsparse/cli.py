@@ -23,6 +23,7 @@ from proxsparse.config import (
     LearnConfig,
     RunConfig,
     TargetConfig,
+    check_scheme,
     choices_of,
 )
 from proxsparse.errors import Interrupted, ProcessLost, ProxsparseError
@@ -303,22 +304,26 @@ def pack(
     *,
     output: _Output,
     keep_dense: _KeepDense = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="Round the packed layers to 8 bits: FP8_DYNAMIC.")
+    ] = None,
     console: Console,
 ) -> dict[str, Any]:
     """Store the 2:4 layers of a pruned model packed: 9/16 of their bytes in 16 bits.
 
     After `import proxsparse`, AutoModelForCausalLM.from_pretrained loads the result as a sparse
     model. Nothing is lost: unpack gives back the same bits. Layers that are not 2:4 stay dense and
-    are named.
+    are named. With --quantize FP8_DYNAMIC they are rounded to FP8: 5/16 of their bytes.
 
     Example: proxsparse pack ./llama-2to4 --output ./llama-packed
     """
     check_model(model)
     check_output(output)
+    check_scheme(quantize)
     from proxsparse.jobs.pack import pack as run
 
     _quiet_transformers()
-    result = run(model, output, keep_dense=keep_dense)
+    result = run(model, output, keep_dense=keep_dense, quantize=quantize)
     for name, reason in result["left_dense"].items():
         console.print(f"left dense: {name} ({reason})", highlight=False)
     dense, packed = result["dense_bytes"], result["packed_bytes"]

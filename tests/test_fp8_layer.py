@@ -151,7 +151,7 @@ def test_refusals() -> None:
     layer = SparseLinear.from_linear(linear, quantize=SCHEME)
     with pytest.raises(ProxsparseError, match="quantize is 'INT4': choose FP8_DYNAMIC"):
         SparseLinear.from_linear(linear, quantize="INT4")
-    with pytest.raises(ProxsparseError, match="weight_scale is None: values of torch.float8"):
+    with pytest.raises(ProxsparseError, match=r"weight_scale is None: values of torch\.float8"):
         SparseLinear(layer.values, layer.codes)
     with pytest.raises(ProxsparseError, match="weight_scale is given"):
         packed = ops.pack_2to4(linear.weight)
@@ -165,7 +165,7 @@ def test_refusals() -> None:
         SparseLinear(nan, layer.codes, weight_scale=layer.weight_scale)
     linear.weight.data[0, 0] = torch.inf
     linear.weight.data[0, 1:4] = 0
-    with pytest.raises(ProxsparseError, match="^up_proj has 1 entries that are NaN or infinite"):
+    with pytest.raises(ProxsparseError, match=r"^up_proj has 1 entries that are NaN or infinite"):
         SparseLinear.from_linear(linear, quantize=SCHEME, name="up_proj")
 
 

@@ -154,7 +154,8 @@ class SparseLinear(nn.Module):
         try:
             if quantize == FP8_DYNAMIC:
                 settings["dtype"] = w.dtype
-                w, settings["weight_scale"] = ops.quantize_fp8(w, weight_scale)
+                scale = None if weight_scale is None else weight_scale.to(w.device)
+                w, settings["weight_scale"] = ops.quantize_fp8(w, scale)
             values, codes = ops.pack_2to4(w)
         except ProxsparseError as error:
             subject = name or f"the weight of {linear}"
