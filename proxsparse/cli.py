@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from proxsparse.config import (
+    FP8_DYNAMIC,
     METHOD_OPTIONS,
     CalibrationConfig,
     LearnConfig,
@@ -356,6 +357,40 @@ def unpack(
     before, after = map(_size, result["checkpoint_bytes"])
     console.print(
         f"{len(result['layers'])} layers unpacked: {before} -> {after}, written to {output}",
+        highlight=False,
+    )
+    return {"output": output, **result}
+
+
+@_command
+@_settings(("Layers", TargetConfig))
+def export(
+    model: Annotated[str, typer.Argument(help="A model, dense or packed, directory or Hub name.")],
+    *,
+    output: _Output,
+    format: Annotated[str, typer.Option(help="FP8_DYNAMIC.")] = FP8_DYNAMIC,
+    console: Console,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write a pruned model as an ordinary dense FP8 checkpoint of compressed-tensors.
+
+    vLLM, SGLang and transformers load it as plain FP8; pruned weights are zeros, and cost as much
+    as others there.
+
+    Example: proxsparse export ./llama-2to4 --format FP8_DYNAMIC --output ./llama-fp8
+    """
+    check_model(model)
+    check_output(output)
+    check_scheme(format, what="--format")
+    from proxsparse.jobs.export import export as run
+
+    _quiet_transformers()
+    given = {name: tuple(value) for name, value in settings.items() if value}
+    result = run(model, output, format=format, **given)
+    before, after = map(_size, result["checkpoint_bytes"])
+    console.print(
+        f"{len(result['layers'])} layers in {format}, {result['num_2to4']} of them 2:4; "
+        f"{before} -> {after}, written to {output}",
         highlight=False,
     )
     return {"output": output, **result}

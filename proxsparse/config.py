@@ -156,6 +156,11 @@ class RunConfig(_Checked):
         "Precision while learning: auto, float32, bfloat16 or float16. The pruned model is always "
         "saved in the dtype of the base model.",
     )
+    quantize: str | None = option(
+        None,
+        "FP8_DYNAMIC: round the weights to FP8 first, learn masks on what they have become, and "
+        "write the result as a dense FP8 checkpoint, bitwise a mask on the rounded model.",
+    )
     random_init: bool = option(
         False,
         "Ignore the model's weights and text: random weights of its shape (MODEL may be just a "
@@ -164,6 +169,10 @@ class RunConfig(_Checked):
     tracker: str | None = option(
         None, "Also report metrics to one of accelerate's trackers, e.g. tensorboard or wandb."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scheme(self.quantize)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ from proxsparse.jobs.output import (
     write_result,
 )
 from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.jobs.rounding import entry_of, settle_fp8_
 from proxsparse.learning import distributed
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
@@ -100,6 +101,11 @@ def learn_masks(
             f"{method} changes the weights it keeps, so its masks alone are not its result: pass "
             "mask_only=True, or use prune()"
         )
+    if recipe.run.quantize is not None:
+        raise ProxsparseError(
+            f"quantize is {recipe.run.quantize!r}, which would round the model in memory: use "
+            "prune(), or learn masks on a model that you have rounded"
+        )
     targets = find_targets(model, recipe.targets)
     recipe = settle_memory(recipe, model, targets, next(model.parameters()).device)
     check_finite(targets)
@@ -124,7 +130,8 @@ def prune(
 
     The directory holds a dense checkpoint with zeros (any Hugging Face program loads it), its
     tokenizer, `proxsparse.masks`, `proxsparse.json` (recipe, provenance, per-layer report) and,
-    for learned methods, `metrics.jsonl` and `training.png`.
+    for learned methods, `metrics.jsonl` and `training.png`. With `quantize`, and of a model that is
+    in FP8 already, it is a dense checkpoint in FP8, bitwise the masks on the rounded model.
 
     Args:
         model: local directory or Hub name.
@@ -161,12 +168,13 @@ def prune(
         base = _load_base(model, recipe, home)
         targets = find_targets(base.model, recipe.targets)
         check_finite(targets)
+        fingerprint = model_fingerprint(targets)  # of the weights before they are rounded
+        entry = settle_fp8_(recipe, base, targets)
         check_causal(base.model)
         if not base.is_made:  # what cannot be written is said before the work
             FileTargets(base.model, targets, open_checkpoint(base.id, base.revision))
         source = recipe.calibration.calibration if calibration is None else calibration
         data = load_data(source, base.tokenizer, recipe, base.model)
-        fingerprint = model_fingerprint(targets)
         identity = recipe.key(fingerprint, data.fingerprint if data else "")
         claim(partial, identity)
         checkpoints = Checkpoints(partial / "checkpoints", identity)
@@ -179,6 +187,7 @@ def prune(
         if several:
             base = _load_base(model, recipe, home)
             targets = find_targets(base.model, recipe.targets)
+            settle_fp8_(recipe, base, targets)
         masks.metadata.update(mask_metadata(recipe, fingerprint, base.id, base.revision))
         report = pruned_report(
             recipe.as_dict(),
@@ -191,7 +200,7 @@ def prune(
             seconds=round(time.perf_counter() - began, 2),
         )
         apply_masks_(base.model, masks)
-        write_result(partial, base, masks, report, history)
+        write_result(partial, base, masks, report, history, entry)
     return PruneResult(masks, report, history)
 
 
@@ -239,7 +248,7 @@ def apply(
         )
         check_output_fits(partial, base.model, targets)
         apply_masks_(base.model, masks)
-        write_result(partial, base, masks, report, [])
+        write_result(partial, base, masks, report, [], entry_of(base, targets))
     return PruneResult(masks, report, [])
 
 

@@ -107,6 +107,8 @@ class Recipe:
         for harmless in ("checkpoint_every", "calibration", "split", "text_column", "tracker"):
             settings.pop(harmless, None)
         settings.pop("tokens", None)  # the steps say it
+        if settings["quantize"] is None:  # as runs of earlier versions have it
+            del settings["quantize"]
         text = json.dumps([settings, inputs], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
