@@ -31,7 +31,7 @@ void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 #ifdef PROXSPARSE_HAS_KERNELS
 // One of our kernels, in one of its layouts, for weights of one shape.
-template <typename Layout>
+template <typename Layout, bool kIsFp8 = false>
 struct Kernel {
   bool is_bfloat16;  // else float16
   int n, k;
@@ -39,9 +39,10 @@ struct Kernel {
 };
 using Decode = Kernel<proxsparse::DecodeLayout>;
 using Prefill = Kernel<proxsparse::PrefillLayout>;
+using PrefillFp8 = Kernel<proxsparse::PrefillLayout, true>;
 
-template <typename Layout>
-Kernel<Layout> make_kernel(int type, int n, int k, int first, int second, int third) {
+template <typename Layout, bool kIsFp8 = false>
+Kernel<Layout, kIsFp8> make_kernel(int type, int n, int k, int first, int second, int third) {
   return {static_cast<ValueType>(type) == ValueType::kBFloat16, n, k, {first, second, third}};
 }
 
@@ -177,6 +178,22 @@ PYBIND11_MODULE(_cuda, m) {
                             pointer(out), tokens, kernel.k, kernel.n, kernel.k, kernel.is_bfloat16,
                             kernel.layout, may_start_early, pointer(workspace), workspace_bytes,
                             static_cast<int*>(pointer(signals)), pointer(stream)});
+          },
+          unlocked());
+  py::class_<PrefillFp8>(m, "PrefillFp8")
+      .def(py::init(&make_kernel<proxsparse::PrefillLayout, true>), py::arg("type"), py::arg("n"),
+           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
+      .def(
+          "__call__",
+          [](const PrefillFp8& kernel, int tokens, Address x, Address token_scales, Address values,
+             Address codes, Address row_scales, Address bias, Address out, bool may_start_early,
+             Address stream, Address signals, Address workspace, std::size_t workspace_bytes) {
+            return prefill({pointer(x), pointer(values), pointer(codes), pointer(bias),
+                            pointer(out), tokens, kernel.k, kernel.n, kernel.k, kernel.is_bfloat16,
+                            kernel.layout, may_start_early, pointer(workspace), workspace_bytes,
+                            static_cast<int*>(pointer(signals)), pointer(stream), true,
+                            static_cast<const float*>(pointer(token_scales)),
+                            static_cast<const float*>(pointer(row_scales))});
           },
           unlocked());
 #else

@@ -1,25 +1,30 @@
-"""The FP8 product on a GPU: dense, on the unpacked weight, with activations rounded before it.
+"""The FP8 product on a GPU: dense on the unpacked weight, or sparse by our kernel on Hopper.
 
 `torch._scaled_mm` multiplies e4m3 numbers on tensor cores from compute capability 8.9 on. Its
 results in bfloat16 take a scale for each row and each column along; others are scaled here.
+
+Which of them runs is not measured yet, so the op runs dense; `run_by_name` runs either.
 """
 
 from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from proxsparse.backends.cusparselt import extension as _cuda
+from proxsparse.backends.executors import PREFILL_LAYOUTS
+from proxsparse.backends.limits import CODES, can_prefill_fp8
+from proxsparse.backends.stream_memory import current_stream, grow, memory_of
+from proxsparse.backends.weight_forms import aligned
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import reference
 from proxsparse.ops.reference import FP8
 
 _MULTIPLE = 16  # that the dense product needs of both dimensions of the weight
-# x, values, codes, weight_scale, bias, dense -> result
-Fp8Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+EXECUTORS = ("dense", "prefill")
 
 
 def why_not_dense(n: int, k: int) -> str:
@@ -56,20 +61,68 @@ def sparse_linear_fp8_cuda(
     Raises:
         ProxsparseError: the GPU has no FP8 tensor cores.
     """
+    n, half = values.shape
+    _check_capability(x)
+    if not x.numel() or not n or why_not_dense(n, 2 * half):
+        return reference.sparse_linear_fp8(x, values, codes, weight_scale, bias, dense)
+    return run_by_name("dense", x, values, codes, weight_scale, bias, dense)
+
+
+def run_by_name(
+    executor: str,
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    dense: Tensor | None = None,
+    layout: int = -1,
+) -> Tensor:
+    """`sparse_linear_fp8_cuda` on one executor.
+
+    Args:
+        executor: one of `EXECUTORS`.
+        x: as there, as the following; of "prefill" in bfloat16 or float16.
+        values: float8_e4m3fn [N, K/2].
+        codes: uint8 [N, ceil(K/8)], or in tiles for 8-bit values.
+        weight_scale: float32 [N].
+        bias: [N] of x's dtype, or None.
+        dense: float8_e4m3fn [N, K], or None.
+        layout: of "prefill", an index of `PREFILL_LAYOUTS`; by default the kernel's own choice.
+
+    Raises:
+        ProxsparseError: there is no such executor, or it cannot run these operands here.
+        RuntimeError: the launch failed; its text and the shapes are named.
+    """
+    n, k = values.shape[0], 2 * values.shape[1]
+    _check_capability(x)
+    if executor == "dense":
+        reason = why_not_dense(n, k)
+    elif executor == "prefill":
+        reason = can_prefill_fp8(n, k, x.dtype, x.get_device())
+    else:
+        reason = f"there are {', '.join(EXECUTORS)}"
+    if reason:
+        raise ProxsparseError(f"{executor!r} cannot run sparse_linear_fp8: {reason}")
+    with torch.cuda.device(x.device):
+        x_values, x_scale = quantized(x.reshape(-1, k))
+        if executor == "dense":
+            w = unpacked(values, codes) if dense is None else dense
+            y = multiply_dense(x_values, x_scale, w, weight_scale, bias, x.dtype)
+        else:
+            tiles = codes if codes.dim() == 3 else reference.tile_codes_8_bit(codes)
+            prefill = prefill_kernel(x.get_device(), x.dtype, n, k, layout)
+            y = prefill(x_values, x_scale, values, tiles, weight_scale, bias)
+    return y.view(*x.shape[:-1], n)
+
+
+def _check_capability(x: Tensor) -> None:
     capability = torch.cuda.get_device_capability(x.device)
     if capability < (8, 9):
         raise ProxsparseError(
             f"products in FP8 need compute capability 8.9, and this GPU has {capability}: run the "
             "model packed in 16 bits, which proxsparse unpack and pack make of it"
         )
-    n, half = values.shape
-    if not x.numel() or not n or why_not_dense(n, 2 * half):
-        return reference.sparse_linear_fp8(x, values, codes, weight_scale, bias, dense)
-    with torch.cuda.device(x.device):
-        w = unpacked(values, codes) if dense is None else dense
-        x_values, x_scale = quantized(x.reshape(-1, 2 * half))
-        y = multiply_dense(x_values, x_scale, w, weight_scale, bias, x.dtype)
-    return y.view(*x.shape[:-1], n)
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,3 +173,46 @@ def multiply_dense(
 @functools.cache
 def _one(device: int) -> Tensor:
     return torch.ones((), device=torch.device("cuda", device))
+
+
+class Fp8Prefill:
+    """Calls our kernel for many tokens, in one of its layouts, for one weight shape."""
+
+    def __init__(self, device: int, dtype: torch.dtype, n: int, k: int, layout: int) -> None:
+        chosen = (0, 0, 0) if layout < 0 else PREFILL_LAYOUTS[layout]
+        self._queue = _cuda.PrefillFp8(CODES[dtype], n, k, *chosen)
+        self._device, self._dtype, self._n = device, dtype, n
+
+    def __call__(
+        self,
+        x_values: Tensor,
+        x_scale: Tensor,
+        values: Tensor,
+        tiles: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The product [M, N] of rounded tokens [M, K]; codes are in tiles for 8-bit values."""
+        x_values, values, tiles = aligned(x_values), aligned(values), aligned(tiles)
+        x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        out = x_values.new_empty(x_values.shape[0], self._n, dtype=self._dtype)
+        stream = current_stream(self._device)
+        operands = (
+            *(x_values.shape[0], x_values.data_ptr(), x_scale.data_ptr(), values.data_ptr()),
+            *(tiles.data_ptr(), weight_scale.data_ptr(), 0 if bias is None else bias.data_ptr()),
+            # Not early: nothing says that the weight was complete before the kernel ahead began.
+            *(out.data_ptr(), False, stream),
+        )
+        memory = memory_of(self._device, stream)
+        needed = self._queue(*operands, memory.signals, memory.address, memory.size)
+        if needed:
+            memory = grow(memory, needed, self._device, stream)
+            self._queue(*operands, memory.signals, memory.address, memory.size)
+        return out
+
+
+@functools.cache
+def prefill_kernel(device: int, dtype: torch.dtype, n: int, k: int, layout: int = -1) -> Fp8Prefill:
+    """The kernel for one weight shape, made once."""
+    return Fp8Prefill(device, dtype, n, k, layout)
