@@ -463,11 +463,25 @@ def advise(
         f"weights {_size(whole['dense_bytes'])} -> {_size(whole['packed_bytes'])}",
         highlight=False,
     )
-    for line in _tuning_lines(result["tuning"]):
+    for line in (*_alternative_lines(result["alternatives"]), *_tuning_lines(result["tuning"])):
         console.print(line, highlight=False, markup=False)
     for name, reason in result["left_dense"].items():
         console.print(f"left dense: {name} ({reason})", highlight=False)
     return result
+
+
+def _alternative_lines(forms: dict[str, dict[str, float]]) -> Iterator[str]:
+    """What else could be done with the layers, where it would be the better choice."""
+    limits = ", ".join(
+        f"{name} {form['byte_limit']:.2f}x and {form['operation_limit']:.2f}x"
+        for name, form in forms.items()
+    )
+    yield f"limits of other forms, of bytes and of operations, computed: {limits}"
+    yield (
+        "To decode one sequence at a time, where bytes bind, dense INT4 (AWQ, GPTQ) is the better "
+        "choice: it is smaller than any 2:4 form here. FP8 and 2:4 (pack --quantize FP8_DYNAMIC) "
+        "is for prompts and large batches, on GPUs with FP8 tensor cores."
+    )
 
 
 def _tuning_lines(tuning: dict[str, Any] | None) -> Iterator[str]:

@@ -207,7 +207,7 @@ def test_refusals(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         proxsparse.prune(DEMO, out, method="magnitude", quantize="INT8")
     with pytest.raises(ProxsparseError, match="sparsegpt changes the weights it keeps"):
         proxsparse.prune(DEMO, out, method="sparsegpt", quantize=SCHEME, calibration="stdlib")
-    with pytest.raises(ProxsparseError, match="--random-init has none"):
+    with pytest.raises(ProxsparseError, match="neither --random-init nor a GGUF file"):
         proxsparse.prune(DEMO, out, method="magnitude", quantize=SCHEME, random_init=True)
     with pytest.raises(ProxsparseError, match="would round the model in memory"):
         model = AutoModelForCausalLM.from_pretrained(DEMO)
@@ -242,3 +242,38 @@ def test_layers_of_other_kinds_are_refused(tiny_model: Any, tmp_path: Path) -> N
             (source / file).write_bytes((DEMO / file).read_bytes())
         with pytest.raises(ProxsparseError, match=f"is {kind}.*pack --quantize"):
             export(source, tmp_path / "out")
+
+
+def test_recovery_refuses_a_base_in_fp8(pruned: Path, tmp_path: Path) -> None:
+    export(DEMO, tmp_path / "base")
+    with pytest.raises(ProxsparseError, match="and recover changes the weights it keeps"):
+        proxsparse.recover(pruned, tmp_path / "base", tmp_path / "out", **LEARN)
+    with pytest.raises(ProxsparseError, match="quantize is not used by recover"):
+        proxsparse.recover(pruned, DEMO, tmp_path / "out", quantize=SCHEME, **LEARN)
+
+
+def test_the_commands(pruned: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from proxsparse.cli import app
+
+    runner = CliRunner()
+    for arguments, shown in (
+        (["export", str(pruned), "-o", str(tmp_path / "fp8")], "42 layers in FP8_DYNAMIC, 36 of"),
+        (["pack", str(tmp_path / "fp8"), "-o", str(tmp_path / "packed")], "36 layers packed"),
+        (
+            ["pack", str(pruned), "--quantize", SCHEME, "-o", str(tmp_path / "direct")],
+            "36 layers packed",
+        ),
+        (["inspect", str(tmp_path / "packed")], "36 of 42 layers are 2:4, 36 of them packed"),
+    ):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert shown in " ".join(result.output.split())
+    for arguments, message in (
+        (["pack", str(pruned), "--quantize", "INT8"], "--quantize is 'INT8': choose FP8_DYNAMIC"),
+        (["export", str(pruned), "--format", "AWQ"], "--format is 'AWQ': choose FP8_DYNAMIC"),
+        (["prune", str(DEMO), "--quantize", "FP4"], "--quantize is 'FP4': choose FP8_DYNAMIC"),
+    ):
+        result = runner.invoke(app, [*arguments, "-o", str(tmp_path / "out")])
+        assert result.exit_code == 1 and message in " ".join(result.output.split())

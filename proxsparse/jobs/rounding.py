@@ -45,8 +45,8 @@ def settle_fp8_(recipe: Recipe, base: LoadedModel, targets: Targets) -> dict[str
         return entry_of(base, targets)
     if base.is_made:
         raise ProxsparseError(
-            "--quantize rounds the weights of a checkpoint's files, and --random-init has none: "
-            "leave one of them out"
+            "--quantize rounds the weights of safetensors files, and neither --random-init nor a "
+            "GGUF file has any: leave it out, and round the result with pack --quantize"
         )
     check_linear(targets.layers)
     entry = quantization_entry(base.model, [target.name for target in targets.layers])
@@ -70,3 +70,20 @@ def entry_of(base: LoadedModel, targets: Targets) -> dict[str, Any] | None:
             f"{base.id} is in {base.scheme}, and {outside} of it is not: leave it out with --ignore"
         )
     return stored_entry(open_checkpoint(base.id, base.revision).directory)
+
+
+def refuse_fp8(base: LoadedModel, what: str) -> None:
+    """Refuse a checkpoint in FP8 where kept weights change, which its scales do not foresee.
+
+    Args:
+        base: the model.
+        what: would change them.
+
+    Raises:
+        ProxsparseError: it is in FP8.
+    """
+    if base.scheme is not None:
+        raise ProxsparseError(
+            f"{base.id} is in {base.scheme}, and {what} changes the weights it keeps: give the "
+            "model in 16 bits, and round the result with pack --quantize"
+        )
