@@ -5,11 +5,11 @@
 
 `bf16` is cuBLAS on the layer before it was pruned; `rowwise` and `tensorwise` are torch._scaled_mm
 on that layer rounded to FP8, with a scale for each row and token or one for each tensor; `sparse`
-is our kernel on the pruned layer, rounded the same way. All FP8 products have fast sums. The names
-with `+q` have the rounding of the tokens in them. Every round replays a CUDA graph of each once, in
-another order, on random data, with enough weights in rotation to leave the L2 cache behind. With
---layouts the kernel's layouts are tried on every cell, and the best is a row of its own. Needs a
-GPU of compute capability 9.0.
+is our kernel for so many tokens on the pruned layer, rounded the same way. All FP8 products have
+fast sums. The names with `+q` have the rounding of the tokens in them. Every round replays a CUDA
+graph of each once, in another order, on random data, with enough weights in rotation to leave the
+L2 cache behind. With --layouts the kernel's layouts are tried on every cell, and the best is a row
+of its own. Needs a GPU of compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from harness import copy_bandwidth, describe_run, results_directory
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.backends.executors import PREFILL_LAYOUTS
-from proxsparse.backends.fp8 import multiply_dense, prefill_kernel, quantized
+from proxsparse.backends.executors import DECODE_LAYOUTS, PREFILL_LAYOUTS
+from proxsparse.backends.fp8 import decode_kernel, multiply_dense, prefill_kernel, quantized
 from proxsparse.ops import FP8, reference
 
 ROTATED_BYTES = 160e6  # of packed weights: more than any L2 cache
 MAX_WEIGHTS = 40
 ROUND_SECONDS = 2e-3
 LARGE = 50_000_000  # weights of a layer that decoding is judged on
+MOST_FEW = 128  # tokens that the kernel for few is measured with
 ERROR_TOKENS = 256  # that the errors are taken over
 QUICK = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
 QUICK_TOKENS = (16, 256, 1024, 4096, 16384)
@@ -114,6 +115,11 @@ class Case:
         )
         return result
 
+    @property
+    def kernel(self) -> Callable[..., Any]:
+        """Makes the one of ours that is meant for so many tokens."""
+        return decode_kernel if self.m <= MOST_FEW else prefill_kernel
+
     def sparse(self, w: Weight, layout: int = -1) -> Tensor:
         """Runs our kernel on tokens that are rounded already."""
         return self._sparse(w, self.x_values, self.x_scale, layout)
@@ -123,8 +129,9 @@ class Case:
         return self._sparse(w, *quantized(self.x))
 
     def _sparse(self, w: Weight, x_values: Tensor, x_scale: Tensor, layout: int = -1) -> Tensor:
-        kernel = prefill_kernel(0, torch.bfloat16, self.n, self.k, layout)
-        return kernel(x_values, x_scale, w.values, w.tiles, w.scale, None)
+        kernel = self.kernel(0, torch.bfloat16, self.n, self.k, layout)
+        result: Tensor = kernel(x_values, x_scale, w.values, w.tiles, w.scale, None)
+        return result
 
 
 def capture(run: Callable[[Weight], Tensor], case: Case) -> torch.cuda.CUDAGraph:
@@ -189,12 +196,14 @@ def measure(case: Case, rounds: int, with_layouts: bool) -> dict[str, Any]:
     best_layout = None
     if with_layouts:
         timed = {}
-        for layout, (rows, _, _) in enumerate(PREFILL_LAYOUTS):
-            if rows == 128:  # those that the FP8 kernel has
-                graph = capture(lambda w, layout=layout: case.sparse(w, layout), case)
-                timed[min(time_graph(graph, 1) for _ in range(3))] = (layout, graph)
+        layouts = DECODE_LAYOUTS if case.m <= MOST_FEW else PREFILL_LAYOUTS
+        for layout, (rows, _, _) in enumerate(layouts):
+            if case.m > MOST_FEW and rows != 128:  # the FP8 kernel has no others
+                continue
+            graph = capture(lambda w, layout=layout: case.sparse(w, layout), case)
+            timed[min(time_graph(graph, 1) for _ in range(3))] = (layout, graph)
         layout, graphs["sparse best layout"] = timed[min(timed)]
-        best_layout = list(PREFILL_LAYOUTS[layout])
+        best_layout = list(layouts[layout])
     repeats = {
         name: max(1, math.ceil(ROUND_SECONDS / time_graph(graph, 1)))
         for name, graph in graphs.items()

@@ -39,6 +39,7 @@ struct Kernel {
 };
 using Decode = Kernel<proxsparse::DecodeLayout>;
 using Prefill = Kernel<proxsparse::PrefillLayout>;
+using DecodeFp8 = Kernel<proxsparse::DecodeLayout, true>;
 using PrefillFp8 = Kernel<proxsparse::PrefillLayout, true>;
 
 template <typename Layout, bool kIsFp8 = false>
@@ -50,12 +51,14 @@ DecodeWeight make_weight(int n, Address values, Address codes, Address bias, Add
   return {pointer(values), pointer(codes), pointer(bias), pointer(out), n};
 }
 
+const float* scales(Address address) { return static_cast<const float*>(pointer(address)); }
+
 void decode(bool is_bfloat16, int tokens, int k, Address x, const DecodeWeight* weights,
-            int num_weights, proxsparse::DecodeLayout layout, bool may_start_early,
-            Address stream) {
-  const char* error =
-      proxsparse::sparse_linear_decode({pointer(x), weights, num_weights, tokens, k, k, is_bfloat16,
-                                        layout, may_start_early, pointer(stream)});
+            int num_weights, proxsparse::DecodeLayout layout, bool may_start_early, Address stream,
+            bool is_fp8 = false, Address token_scales = 0) {
+  const char* error = proxsparse::sparse_linear_decode(
+      {pointer(x), weights, num_weights, tokens, k, k, is_bfloat16, layout, may_start_early,
+       pointer(stream), is_fp8, scales(token_scales)});
   if (error == nullptr) return;
   std::string shapes;
   for (int i = 0; i < num_weights; ++i) {
@@ -180,6 +183,20 @@ PYBIND11_MODULE(_cuda, m) {
                             static_cast<int*>(pointer(signals)), pointer(stream)});
           },
           unlocked());
+  py::class_<DecodeFp8>(m, "DecodeFp8")
+      .def(py::init(&make_kernel<proxsparse::DecodeLayout, true>), py::arg("type"), py::arg("n"),
+           py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
+      .def(
+          "__call__",
+          [](const DecodeFp8& kernel, int tokens, Address x, Address token_scales, Address values,
+             Address codes, Address row_scales, Address bias, Address out, bool may_start_early,
+             Address stream) {
+            DecodeWeight weight = make_weight(kernel.n, values, codes, bias, out);
+            weight.row_scales = scales(row_scales);
+            decode(kernel.is_bfloat16, tokens, kernel.k, x, &weight, 1, kernel.layout,
+                   may_start_early, stream, true, token_scales);
+          },
+          unlocked());
   py::class_<PrefillFp8>(m, "PrefillFp8")
       .def(py::init(&make_kernel<proxsparse::PrefillLayout, true>), py::arg("type"), py::arg("n"),
            py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
@@ -192,8 +209,7 @@ PYBIND11_MODULE(_cuda, m) {
                             pointer(out), tokens, kernel.k, kernel.n, kernel.k, kernel.is_bfloat16,
                             kernel.layout, may_start_early, pointer(workspace), workspace_bytes,
                             static_cast<int*>(pointer(signals)), pointer(stream), true,
-                            static_cast<const float*>(pointer(token_scales)),
-                            static_cast<const float*>(pointer(row_scales))});
+                            scales(token_scales), scales(row_scales)});
           },
           unlocked());
 #else

@@ -1,9 +1,9 @@
-"""The FP8 product on a GPU: dense on the unpacked weight, or sparse by our kernel on Hopper.
+"""The FP8 product on a GPU: dense on the unpacked weight, or sparse by our kernels on Hopper.
 
 `torch._scaled_mm` multiplies e4m3 numbers on tensor cores from compute capability 8.9 on. Its
 results in bfloat16 take a scale for each row and each column along; others are scaled here.
 
-Which of them runs is not measured yet, so the op runs dense; `run_by_name` runs either.
+Which of them is fastest is not measured yet, so the op runs dense; `run_by_name` runs any.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from proxsparse.backends.cusparselt import extension as _cuda
-from proxsparse.backends.executors import PREFILL_LAYOUTS
-from proxsparse.backends.limits import CODES, can_prefill_fp8
+from proxsparse.backends.executors import DECODE_LAYOUTS, PREFILL_LAYOUTS
+from proxsparse.backends.limits import CODES, MAX_HOPPER_TOKENS, can_multiply_fp8
 from proxsparse.backends.stream_memory import current_stream, grow, memory_of
 from proxsparse.backends.weight_forms import aligned
 from proxsparse.errors import ProxsparseError
@@ -24,7 +24,7 @@ from proxsparse.ops import reference
 from proxsparse.ops.reference import FP8
 
 _MULTIPLE = 16  # that the dense product needs of both dimensions of the weight
-EXECUTORS = ("dense", "prefill")
+EXECUTORS = ("dense", "prefill", "decode")
 
 
 def why_not_dense(n: int, k: int) -> str:
@@ -82,13 +82,14 @@ def run_by_name(
 
     Args:
         executor: one of `EXECUTORS`.
-        x: as there, as the following; of "prefill" in bfloat16 or float16.
+        x: [..., K]; for our kernels in bfloat16 or float16, for "decode" at most 256 tokens.
         values: float8_e4m3fn [N, K/2].
         codes: uint8 [N, ceil(K/8)], or in tiles for 8-bit values.
         weight_scale: float32 [N].
         bias: [N] of x's dtype, or None.
         dense: float8_e4m3fn [N, K], or None.
-        layout: of "prefill", an index of `PREFILL_LAYOUTS`; by default the kernel's own choice.
+        layout: of our kernels, an index of `PREFILL_LAYOUTS` or `DECODE_LAYOUTS`; by default the
+            kernel's own choice.
 
     Raises:
         ProxsparseError: there is no such executor, or it cannot run these operands here.
@@ -98,8 +99,9 @@ def run_by_name(
     _check_capability(x)
     if executor == "dense":
         reason = why_not_dense(n, k)
-    elif executor == "prefill":
-        reason = can_prefill_fp8(n, k, x.dtype, x.get_device())
+    elif executor in EXECUTORS:
+        most = MAX_HOPPER_TOKENS if executor == "decode" else None
+        reason = can_multiply_fp8(n, k, x.numel() // k, x.dtype, x.get_device(), most)
     else:
         reason = f"there are {', '.join(EXECUTORS)}"
     if reason:
@@ -111,8 +113,9 @@ def run_by_name(
             y = multiply_dense(x_values, x_scale, w, weight_scale, bias, x.dtype)
         else:
             tiles = codes if codes.dim() == 3 else reference.tile_codes_8_bit(codes)
-            prefill = prefill_kernel(x.get_device(), x.dtype, n, k, layout)
-            y = prefill(x_values, x_scale, values, tiles, weight_scale, bias)
+            make = prefill_kernel if executor == "prefill" else decode_kernel
+            kernel = make(x.get_device(), x.dtype, n, k, layout)
+            y = kernel(x_values, x_scale, values, tiles, weight_scale, bias)
     return y.view(*x.shape[:-1], n)
 
 
@@ -175,12 +178,10 @@ def _one(device: int) -> Tensor:
     return torch.ones((), device=torch.device("cuda", device))
 
 
-class Fp8Prefill:
-    """Calls our kernel for many tokens, in one of its layouts, for one weight shape."""
+class Fp8Kernel:
+    """Calls one of our kernels, in one of its layouts, for one weight shape."""
 
-    def __init__(self, device: int, dtype: torch.dtype, n: int, k: int, layout: int) -> None:
-        chosen = (0, 0, 0) if layout < 0 else PREFILL_LAYOUTS[layout]
-        self._queue = _cuda.PrefillFp8(CODES[dtype], n, k, *chosen)
+    def __init__(self, device: int, dtype: torch.dtype, n: int) -> None:
         self._device, self._dtype, self._n = device, dtype, n
 
     def __call__(
@@ -197,22 +198,54 @@ class Fp8Prefill:
         x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
         out = x_values.new_empty(x_values.shape[0], self._n, dtype=self._dtype)
-        stream = current_stream(self._device)
-        operands = (
+        self._launch(
             *(x_values.shape[0], x_values.data_ptr(), x_scale.data_ptr(), values.data_ptr()),
             *(tiles.data_ptr(), weight_scale.data_ptr(), 0 if bias is None else bias.data_ptr()),
             # Not early: nothing says that the weight was complete before the kernel ahead began.
-            *(out.data_ptr(), False, stream),
+            *(out.data_ptr(), False, current_stream(self._device)),
         )
+        return out
+
+    def _launch(self, *operands: int) -> None:
+        raise NotImplementedError
+
+
+class Fp8Decode(Fp8Kernel):
+    """The kernel for few tokens."""
+
+    def __init__(self, device: int, dtype: torch.dtype, n: int, k: int, layout: int) -> None:
+        super().__init__(device, dtype, n)
+        chosen = (0, 0, 0) if layout < 0 else DECODE_LAYOUTS[layout]
+        self._queue = _cuda.DecodeFp8(CODES[dtype], n, k, *chosen)
+
+    def _launch(self, *operands: int) -> None:
+        self._queue(*operands)
+
+
+class Fp8Prefill(Fp8Kernel):
+    """The kernel for many tokens."""
+
+    def __init__(self, device: int, dtype: torch.dtype, n: int, k: int, layout: int) -> None:
+        super().__init__(device, dtype, n)
+        chosen = (0, 0, 0) if layout < 0 else PREFILL_LAYOUTS[layout]
+        self._queue = _cuda.PrefillFp8(CODES[dtype], n, k, *chosen)
+
+    def _launch(self, *operands: int) -> None:
+        stream = operands[-1]
         memory = memory_of(self._device, stream)
         needed = self._queue(*operands, memory.signals, memory.address, memory.size)
         if needed:
             memory = grow(memory, needed, self._device, stream)
             self._queue(*operands, memory.signals, memory.address, memory.size)
-        return out
 
 
 @functools.cache
-def prefill_kernel(device: int, dtype: torch.dtype, n: int, k: int, layout: int = -1) -> Fp8Prefill:
-    """The kernel for one weight shape, made once."""
+def decode_kernel(device: int, dtype: torch.dtype, n: int, k: int, layout: int = -1) -> Fp8Kernel:
+    """The kernel for few tokens and one weight shape, made once."""
+    return Fp8Decode(device, dtype, n, k, layout)
+
+
+@functools.cache
+def prefill_kernel(device: int, dtype: torch.dtype, n: int, k: int, layout: int = -1) -> Fp8Kernel:
+    """The kernel for many tokens and one weight shape, made once."""
     return Fp8Prefill(device, dtype, n, k, layout)
