@@ -196,7 +196,7 @@ def test_kernel_is_exact_on_whole_numbers(
 @pytest.mark.parametrize("m", [1, 16, 300])
 def test_executors_agree_with_float64(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     """On the same rounded operands; fast sums lose some digits, see docs/fp8.md."""
-    from proxsparse.backends.fp8 import run_by_name
+    from proxsparse.backends.fp8 import quantized, run_by_name
 
     generator = torch.Generator().manual_seed(0)
     w = ops.project_2to4(torch.randn(n, k, generator=generator))
@@ -204,6 +204,9 @@ def test_executors_agree_with_float64(m: int, n: int, k: int, dtype: torch.dtype
     x = torch.randn(m, k, generator=generator).to(dtype)
     bias = torch.randn(n, generator=generator).to(dtype)
     x_values, x_scale = ops.quantize_fp8(x)
+    on_gpu, scale_on_gpu = (t.cpu() for t in quantized(x.cuda()))
+    assert torch.equal(scale_on_gpu, x_scale)
+    assert torch.equal(on_gpu.view(torch.uint8), x_values.view(torch.uint8))
     exact = x_values.double() @ values.double().T * x_scale.double()[:, None] * scale.double()
     exact += bias.double()
     packed = [t.cuda() for t in (*ops.pack_2to4(values), scale, bias)]
@@ -211,12 +214,12 @@ def test_executors_agree_with_float64(m: int, n: int, k: int, dtype: torch.dtype
     ours = ("prefill", *(["decode"] if m <= 256 else [])) if _has_hopper() else ()
     for executor in ("dense", *ours):
         y = run_by_name(executor, x.cuda(), *packed)
-        assert torch.equal(y, run_by_name(executor, x.cuda(), *packed))
+        again = run_by_name(executor, x.cuda(), *packed)
+        assert torch.equal(y, again), executor
         errors[executor] = ((y.cpu().double() - exact).norm() / exact.norm()).item()
-        assert errors[executor] < 5e-3, errors
-    print(m, n, k, dtype, errors)
     op = ops.sparse_linear_fp8(x.cuda(), *packed)
     assert torch.equal(op, run_by_name("dense", x.cuda(), *packed))
+    assert max(errors.values()) < 2e-2, errors
     assert max(errors.values()) <= 1.1 * errors["dense"] + 1e-5, errors
 
 

@@ -443,7 +443,9 @@ def quantize_fp8(w: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
     x = w.float()
     if scale is None:
         largest = x.abs().amax(-1) if w.shape[-1] else x.new_zeros(w.shape[:-1])
-        scale = torch.where(largest == 0, 1.0, (largest / FP8_MAX).clamp_min(_SMALLEST_SCALE))
+        # By a tensor: a GPU would multiply by the reciprocal of a number, which rounds otherwise.
+        scale = (largest / torch.full_like(largest, FP8_MAX)).clamp_min(_SMALLEST_SCALE)
+        scale = torch.where(largest == 0, 1.0, scale)
     rounded = (x / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     # In bits: arithmetic on 8-bit floats is not defined everywhere.
     bits = rounded.view(torch.uint8)
