@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
@@ -201,6 +202,7 @@ class NinjaBuild(build_ext):
                 self.build_or_leave_out(extension, part, forced)
         package = ROOT / "proxsparse" if self.editable_mode else Path(self.build_lib, "proxsparse")
         package.mkdir(parents=True, exist_ok=True)
+        self.compiled = [part for part in PARTS if part not in self.left_out]
         for part in PARTS:
             note = package / f"_build_error_{part.strip('_')}.txt"
             if part not in self.left_out:
@@ -209,7 +211,14 @@ class NinjaBuild(build_ext):
             for stale in package.glob(f"{part}.*.so"):
                 stale.unlink()
             note.write_text(self.left_out[part] + "\n")
-            report(f"{part} is left out: {self.left_out[part]}")
+        if "bdist_wheel" not in self.distribution.command_obj:  # which tells it at its end
+            self.tell()
+
+    def tell(self) -> None:
+        """Say what was compiled, and what was left out and why."""
+        report(f"compiled: {', '.join(self.compiled) or 'nothing'}")
+        for part, reason in self.left_out.items():
+            report(f"left out: {part}, because {reason}")
         if "_cpu" in self.left_out:
             report("ops on CPU tensors will run on the PyTorch reference, which is much slower")
 
@@ -276,6 +285,38 @@ class NinjaBuild(build_ext):
             raise CompileError("the compiler failed; `pip install -v` shows its messages")
 
 
+class TaggedWheel(bdist_wheel):
+    """bdist_wheel whose tag says whether anything is compiled in it."""
+
+    def finalize_options(self) -> None:
+        """Decides the tag before anything is built: a wheel without machine code is any machine's.
+
+        A compiler that is there and fails leaves a wheel without machine code too, whose tag then
+        promises less than it could.
+        """
+        super().finalize_options()
+        has_kernels = any(is_cuda(s) for e in self.distribution.ext_modules for s in e.sources)
+        left_out = choose_build(
+            os.environ.get("PROXSPARSE_BUILD", ""),
+            find_compiler() is not None,
+            find_nvcc() is not None,
+            has_kernels,
+            sys.platform,
+        )
+        self.is_pure = {"_cpu", "_cuda"} <= set(left_out)
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3-none-any where nothing is compiled."""
+        return ("py3", "none", "any") if self.is_pure else super().get_tag()
+
+    def run(self) -> None:
+        """Builds the wheel; the last lines say what is in it."""
+        super().run()
+        build = self.distribution.command_obj.get("build_ext")
+        if isinstance(build, NinjaBuild) and hasattr(build, "compiled"):
+            build.tell()
+
+
 def is_cuda(source: str | Path) -> bool:
     """Whether nvcc compiles it."""
     return Path(source).suffix == ".cu"
@@ -303,5 +344,5 @@ if __name__ == "__main__":
             Extension(f"proxsparse._{name}", find_sources(name), optional=True)
             for name in ("cpu", "cuda")
         ],
-        cmdclass={"build_ext": NinjaBuild},
+        cmdclass={"build_ext": NinjaBuild, "bdist_wheel": TaggedWheel},
     )

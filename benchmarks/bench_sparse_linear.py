@@ -57,7 +57,10 @@ MODELS = {
         *((13824, 5120, False), (5120, 13824, False)),
     ],
 }
-TOKENS = (*(2**i for i in range(15)), 700, 1500, 3000)
+BETWEEN = (700, 1500, 3000)
+MIDDLE = (96, 128, 160, 192, 256, 384, 512, 768, 1000)  # batched decoding, prefill in chunks
+TOKENS = tuple(sorted({*(2**i for i in range(15)), *BETWEEN, *MIDDLE}))
+LARGE = 50e6  # bytes of a dense weight
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_WEIGHTS = 64
 # That one round lasts, at least and about, whichever backend runs: what it takes to begin and to
@@ -320,7 +323,14 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         return min(ratios(over, mode, counts=lambda tokens: True))
 
     def is_between(tokens: int) -> bool:
-        return not is_power_of_two(tokens)
+        return tokens in BETWEEN
+
+    def middle(mode: str, smallest: float) -> float:
+        return geometric_mean(
+            times[case, tokens, "dense", mode] / times[case, tokens, "proxsparse", mode]
+            for case, tokens in cells
+            if tokens in MIDDLE and 2 * math.prod(map(int, case.split()[0].split("x"))) >= smallest
+        )
 
     host = {r["backend"]: [] for r in rows}
     for row in rows:
@@ -330,6 +340,9 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         "geomean_graph_m1024": mean("dense", "graph", 1024),
         "geomean_graph_m256": mean("dense", "graph", 256, 512),
         "geomean_graph_between": mean("dense", "graph", 512, counts=is_between),
+        "geomean_middle": middle("graph", 0),
+        "geomean_middle_large": middle("graph", LARGE),
+        "geomean_middle_eager": middle("eager", 0),
         "min_cell_graph": lowest("dense", "graph"),
         "min_cell_eager": lowest("dense", "eager"),
         "geomean_eager_m1024_vs_masked": mean("masked", "eager", 1024),

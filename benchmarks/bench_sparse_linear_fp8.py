@@ -39,6 +39,7 @@ ROTATED_BYTES = 160e6  # of packed weights: more than any L2 cache
 MAX_WEIGHTS = 40
 ROUND_SECONDS = 2e-3
 LARGE = 50_000_000  # weights of a layer that decoding is judged on
+FP8_LAYOUTS = range(2, 8)  # of PREFILL_LAYOUTS, those that the FP8 kernel has
 MOST_FEW = 128  # tokens that the kernel for few is measured with
 ERROR_TOKENS = 256  # that the errors are taken over
 QUICK = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
@@ -197,8 +198,8 @@ def measure(case: Case, rounds: int, with_layouts: bool) -> dict[str, Any]:
     if with_layouts:
         timed = {}
         layouts = DECODE_LAYOUTS if case.m <= MOST_FEW else PREFILL_LAYOUTS
-        for layout, (rows, _, _) in enumerate(layouts):
-            if case.m > MOST_FEW and rows != 128:  # the FP8 kernel has no others
+        for layout in range(len(layouts)):
+            if case.m > MOST_FEW and layout not in FP8_LAYOUTS:
                 continue
             graph = capture(lambda w, layout=layout: case.sparse(w, layout), case)
             timed[min(time_graph(graph, 1) for _ in range(3))] = (layout, graph)

@@ -72,6 +72,10 @@ handle = proxsparse.keep_masks_(model, optimizer)
 ...  # train on; pruned weights are zero again after each step
 handle.remove()
 """,
+        "check_masks": "proxsparse.check_masks(model, masks)  # else it raises\n",
+        "mask_callback": """\
+callbacks = [proxsparse.mask_callback()]  # of transformers.Trainer, or trl's
+""",
     },
     "Run": {
         "sparsify_": """\
@@ -85,7 +89,38 @@ layer = proxsparse.SparseLinear.from_linear(up)
 assert torch.equal(layer.to_linear().weight, up.weight)
 """,
     },
+    "Packed models": {
+        "pack": """\
+result = proxsparse.pack("demo-2to4", "demo-packed")
+print(result["packed_bytes"] / result["dense_bytes"])
+""",
+        "unpack": 'proxsparse.unpack("demo-packed", "demo-unpacked")\n',
+        "generate": """\
+result = proxsparse.generate("demo-packed", "import", max_new_tokens=2, device="cpu")
+print(result["runs"]["sparse"]["text"])
+""",
+        "merge_and_pack": """\
+import peft
+
+packed = AutoModelForCausalLM.from_pretrained("demo-packed", dtype="auto")
+adapted = peft.get_peft_model(packed, peft.LoraConfig(target_modules="all-linear"))
+...  # train it
+packed, report = proxsparse.merge_and_pack(adapted)
+print(report)
+""",
+    },
     "Measure": {
+        "inspect_model": """\
+print(proxsparse.inspect_model("demo-2to4")["num_2to4"])
+""",
+        "advise": """\
+print(proxsparse.advise(demo, tokens=(1, 4096), device="cpu")["model"])
+""",
+        "evaluate_models": """\
+Path("text.txt").write_text(texts[0])
+config = proxsparse.EvalConfig(data="text.txt", max_seq_length=64, device="cpu")
+print(proxsparse.evaluate_models([demo, "demo-2to4"], config))
+""",
         "evaluate_perplexity": """\
 print(proxsparse.evaluate_perplexity(model, texts[0], tokenizer, max_seq_length=64))
 """,
@@ -98,6 +133,21 @@ print(settings.max_seq_length)
         "TargetConfig": 'print(proxsparse.TargetConfig(ignore=("down_proj",)).ignore)\n',
         "LearnConfig": 'print(proxsparse.LearnConfig(steps=200, memory="balanced").lr)\n',
         "RunConfig": 'print(proxsparse.RunConfig(device="cpu").dtype)\n',
+        "EvalConfig": 'print(proxsparse.EvalConfig(tasks=("arc_easy",), limit=100).batch_size)\n',
+        "GatesConfig": """\
+config = proxsparse.GatesConfig(steps=2, batch_size=1, max_seq_length=64)
+masks = proxsparse.learn_masks(model, texts, tokenizer, config=config)
+""",
+        "ProxSparseConfig": "print(proxsparse.ProxSparseConfig(lam=0.25).given())\n",
+        "MaskLLMConfig": "print(proxsparse.MaskLLMConfig(steps=2000).given())\n",
+        "SparseGPTConfig": "print(proxsparse.SparseGPTConfig(mask_only=True).given())\n",
+        "WandaConfig": """\
+config = proxsparse.WandaConfig(num_calibration_samples=1, max_seq_length=64)
+print(proxsparse.learn_masks(model, texts, tokenizer, config=config))
+""",
+        "MagnitudeConfig": """\
+print(proxsparse.learn_masks(model, config=proxsparse.MagnitudeConfig()))
+""",
     },
     "Errors": {
         "ProxsparseError": """\
@@ -203,7 +253,16 @@ def methods(thing: type[Any]) -> str:
 
 
 def fields(thing: Any) -> str:
-    """The fields of a config class as a table."""
+    """The fields of a config class as a table; of one made of others, which those are."""
+    made_of = [base.__name__ for base in thing.__bases__ if base.__name__.endswith("Config")]
+    if made_of:
+        parts = [proxsparse.CalibrationConfig, proxsparse.LearnConfig]
+        parts += [proxsparse.TargetConfig, proxsparse.RunConfig]
+        names = [f"`{part.__name__}`" for part in parts if issubclass(thing, part)]
+        known = {field.name for part in parts for field in dataclasses.fields(part)}
+        own = [f"`{f.name}`" for f in dataclasses.fields(thing) if f.name not in known]
+        text = f"Its fields are those of {', '.join(names)}"
+        return text + (f", and {', '.join(own)}.\n" if own else ".\n")
     rows = ["| field | type | default | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(thing):
         kind = str(field.type).replace(" | ", " or ")  # a bar would end the cell

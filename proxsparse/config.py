@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from proxsparse.errors import ProxsparseError
@@ -37,19 +37,60 @@ def option(default: Any, help: str, *, minimum: float | None = None) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def split_list(values: Iterable[str]) -> list[str]:
+    """Values of a flag that were given several times, or with commas between.
+
+    A regular expression ("re:...") may hold commas, so it is taken as it is.
+    """
+    found = []
+    for value in values:
+        parts = [value] if value.startswith("re:") else value.split(",")
+        found += [part.strip() for part in parts if part.strip()]
+    return found
+
+
 class _Checked:
-    """Checks each value against its field's minimum or choices when the config is made."""
+    """Checks each value against its field's type, choices and minimum when the config is made."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = typing.get_type_hints(type(self))  # with those of the classes it is made of
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, minimum = getattr(self, field.name), field.metadata.get("minimum")
             choices = choices_of(hints[field.name])
             flag = "--" + field.name.replace("_", "-")
+            expected = "" if choices else _why_not_of(hints[field.name], value)
+            if expected:
+                raise ProxsparseError(
+                    f"{flag} is {value!r} ({type(value).__name__}): it must be {expected}"
+                )
             if choices and value not in choices:
                 raise ProxsparseError(f"{flag} is {value!r}: choose {', '.join(choices)}")
             if minimum is not None and value is not None and not value >= minimum:
                 raise ProxsparseError(f"{flag} is {value}: it must be at least {minimum:g}")
+
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a string"),
+    tuple[str, ...]: ((tuple, list), "a list of strings"),
+}
+
+
+def _why_not_of(hint: Any, value: Any) -> str:
+    """What a value of this type must be, if it is none; empty when it is one."""
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
+    if hint == tuple[str, ...]:
+        kinds = [hint]
+    if value is None and type(None) in typing.get_args(hint):
+        return ""
+    for kind in kinds:
+        types, _ = _KINDS[kind]
+        is_one = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if is_one and (tuple not in types or all(isinstance(part, str) for part in value)):
+            return ""
+    return " or ".join(_KINDS[kind][1] for kind in kinds)
 
 
 def _seed() -> Any:
@@ -107,13 +148,6 @@ class TargetConfig(_Checked):
         "Layers to leave dense, written like --targets. lm_head and the routers of "
         "mixture-of-experts models are left dense unless targeted by name; embeddings always are.",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("targets", "ignore"):
-            value = getattr(self, name)
-            if isinstance(value, str):  # would be read letter by letter
-                raise ProxsparseError(f"{name} is {value!r}: give a list of patterns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +210,42 @@ class RunConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig(_Checked):
+    """What `eval` measures."""
+
+    data: str | None = option(
+        None,
+        "Text to measure perplexity on, as for prune --calibration: a file, a folder, 'stdlib' "
+        "(held-out modules of Python's library), 'wikitext2', 'c4' or a dataset on the Hub. "
+        "Default: wikitext2, unless there are --tasks.",
+    )
+    split: str | None = option(
+        None, "Split of a Hub dataset (default: test of wikitext2, validation of c4, else train)."
+    )
+    text_column: str | None = option(
+        None, "Column that holds the text of a table (default: found)."
+    )
+    max_seq_length: int | None = option(
+        None, "Tokens per block. Default: the model's positions, at most 2,048.", minimum=2
+    )
+    rolling: bool = option(False, "Score every token once, in lm-eval's rolling windows.")
+    tasks: tuple[str, ...] = option((), "Tasks of lm-eval, such as arc_easy.")
+    num_fewshot: int | None = option(
+        None, "Examples before each question of a task (default: the task's).", minimum=0
+    )
+    limit: int | None = option(None, "Questions of each task (default: all).", minimum=1)
+    include_path: str | None = option(None, "Folder with tasks of your own.")
+    batch_size: int = option(8, "Blocks, or questions, per forward pass.", minimum=1)
+    device: str = option("auto", "auto, cpu, cuda ...")
+
+
+@dataclasses.dataclass(frozen=True)
 class NoOptions(_Checked):
     """For methods that have no options of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseGPTConfig(_Checked):
+class SparseGPTOptions(_Checked):
     """Options of SparseGPT."""
 
     mask_only: bool = option(False, "Keep the original weights; use only SparseGPT's masks.")
@@ -191,14 +255,20 @@ class SparseGPTConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class ProxSparseConfig(_Checked):
+class ProxSparseOptions(_Checked):
     """Options of ProxSparse.
 
     By default a layer's lr and lam are in units of its weights, and the loss is that of gates. With
     --lam, or a preset, they are the numbers of the paper, the same in all layers (lr 1e-4 unless
-    given), and so is its loss, the next token's cross-entropy.
+    given), and so is its loss, the next token's cross-entropy. `lam_units` says which they are
+    where the numbers of one run are given to another.
     """
 
+    lam_units: Literal["auto", "weights", "absolute"] = option(
+        "auto",
+        "Of lr and lam. weights: those of a layer's weights; absolute: the paper's numbers. auto: "
+        "absolute where --lam is given.",
+    )
     lam_scaling: Literal["raw", "lr"] = option(
         "raw",
         "Of a --lam that is given. raw: the same at every step, as the published code; lr: times "
@@ -210,7 +280,7 @@ class ProxSparseConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskLLMConfig(_Checked):
+class MaskLLMOptions(_Checked):
     """Options of MaskLLM."""
 
     distil: bool = option(
@@ -223,12 +293,70 @@ class MaskLLMConfig(_Checked):
 # The options of each method, in the order users see; `methods.METHODS` has the functions.
 METHOD_OPTIONS: dict[str, type[Any]] = {
     "gates": NoOptions,
-    "proxsparse": ProxSparseConfig,
-    "maskllm": MaskLLMConfig,
-    "sparsegpt": SparseGPTConfig,
+    "proxsparse": ProxSparseOptions,
+    "maskllm": MaskLLMOptions,
+    "sparsegpt": SparseGPTOptions,
     "wanda": NoOptions,
     "magnitude": NoOptions,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig(TargetConfig, RunConfig):
+    """Every setting of a run, typed: one class for each method, which names the method.
+
+    What is left at its default counts as not given.
+    """
+
+    method: typing.ClassVar[str]
+
+    def given(self) -> dict[str, Any]:
+        """The settings that differ from their defaults."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+@dataclasses.dataclass(frozen=True)
+class GatesConfig(MethodConfig, CalibrationConfig, LearnConfig):
+    """Every setting of gates."""
+
+    method = "gates"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxSparseConfig(MethodConfig, CalibrationConfig, LearnConfig, ProxSparseOptions):
+    """Every setting of ProxSparse."""
+
+    method = "proxsparse"
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskLLMConfig(MethodConfig, CalibrationConfig, LearnConfig, MaskLLMOptions):
+    """Every setting of MaskLLM."""
+
+    method = "maskllm"
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseGPTConfig(MethodConfig, CalibrationConfig, SparseGPTOptions):
+    """Every setting of SparseGPT."""
+
+    method = "sparsegpt"
+
+
+@dataclasses.dataclass(frozen=True)
+class WandaConfig(MethodConfig, CalibrationConfig):
+    """Every setting of Wanda."""
+
+    method = "wanda"
+
+
+@dataclasses.dataclass(frozen=True)
+class MagnitudeConfig(MethodConfig):
+    """Every setting of magnitude."""
+
+    method = "magnitude"
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -107,16 +107,20 @@ def test_a_gpu_is_measured(tiny_model: Any, tmp_path: Path) -> None:
     result = advise(save_config(tiny_model, "llama", tmp_path), tokens=(1, 64))
     assert result["measured"] and set(result["model"]["speedup"]) == {1, 64}
     assert all(set(row["speedup"]) == {1, 64} for row in result["shapes"])
+    assert all(row["predicted"] is not None for row in result["shapes"])
 
 
 def test_what_the_tuner_did_is_shown() -> None:
     from proxsparse.cli import _tuning_lines
 
     assert not list(_tuning_lines(None))
-    report = Report(3, 2, 1, {"64x64 m8": "out of memory"}, {"bfloat16 decode 3": "crashed"})
+    problems, banned = {"64x64 m8": "out of memory"}, {"bfloat16 decode 3": "crashed"}
+    report = Report(3, 2, 1, problems, banned, ["64x64 m16"], 12.3)
     lines = list(_tuning_lines(dataclasses.asdict(report)))
     assert lines == [
-        "tuning: 3 cells measured, 2 known before, 1 left to the rule when the time was up",
+        "tuning: 3 cells measured, 2 known before, 1 left to predictions when the time was up, "
+        "12 s",
+        "late: 64x64 m16",
         "not measured: 64x64 m8 (out of memory)",
         "not used: bfloat16 decode 3 (crashed)",
     ]

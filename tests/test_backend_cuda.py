@@ -757,7 +757,7 @@ def test_what_does_not_agree_is_refused() -> None:
 def test_the_ops_are_what_pytorch_expects() -> None:
     layer = Layer(256, 128)
     arguments = (randn(1024, 128), layer.values, layer.codes, layer.bias, layer.compressed, None)
-    torch.library.opcheck(torch.ops.proxsparse.inference.sparse_linear.default, arguments)
+    torch.library.opcheck(torch.ops.proxsparse.sparse_linear.default, arguments)
     torch.library.opcheck(
         torch.ops.proxsparse.compress_2to4.default,
         (layer.dense,),
@@ -783,7 +783,7 @@ def test_tuning_on_this_gpu() -> None:
     )
     assert report.num_measured == 2, report
     record = table.table_for(0).get(choice.Cell(4096, 4096, 1024, "bfloat16", True))
-    assert {"cusparselt", "unpack"} <= set(record.top), record
+    assert "cusparselt" in record.top and {"prefill", "unpack"} & set(record.top), record
     layer = Layer(4096, 4096)
     for tokens in (1, 1000, 1024):
         x = randn(tokens, 4096)

@@ -162,6 +162,31 @@ def test_ninja_file_survives_spaces(build: ModuleType, tmp_path: Path) -> None:
     assert "linker = $$CXX" in text
 
 
+@pytest.mark.parametrize(("forced", "is_pure"), [("none", True), ("cpu", False)])
+def test_a_wheel_without_machine_code_is_for_any_machine(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, forced: str, is_pure: bool
+) -> None:
+    monkeypatch.setenv("PROXSPARSE_BUILD", forced)
+    monkeypatch.setattr(build, "find_compiler", lambda: ["c++"])
+    extensions = [Extension("proxsparse._cpu", ["a.cpp"]), Extension("proxsparse._cuda", ["b.cu"])]
+    command = build.TaggedWheel(Distribution({"name": "x", "ext_modules": extensions}))
+    command.ensure_finalized()
+    assert (command.get_tag() == ("py3", "none", "any")) is is_pure
+
+
+def test_the_build_says_what_is_in_it(
+    build: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = build.NinjaBuild(Distribution())
+    command.compiled, command.left_out = ["_cpu"], {"_cuda": "no nvcc was found"}
+    command.tell()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "proxsparse: compiled: _cpu",
+        "proxsparse: left out: _cuda, because no nvcc was found",
+    ]
+
+
 def test_version_is_printed_without_building(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "setup.py"), "--version"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -191,6 +216,7 @@ def test_wheel_without_a_compiler_says_what_it_lacks(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": str(tmp_path / "empty")}
     environment.pop("CXX", None)
     wheel = make_wheel(tmp_path, environment)
+    assert Path(wheel.filename or "").name.endswith("-py3-none-any.whl")
     assert not any(name.endswith(".so") for name in wheel.namelist())
     for part in ("cpu", "cuda", "cuda_kernels"):
         assert "no C++ compiler" in wheel.read(f"proxsparse/_build_error_{part}.txt").decode()

@@ -93,11 +93,112 @@ def test_errors_are_one_sentence_and_exit_code_1(
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_needs_something_to_evaluate() -> None:
-    result = run("eval", DEMO)
-    assert result.exit_code == 1 and "give --data FILE" in result.stderr
+def test_eval_says_what_it_cannot_measure(monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = run("eval", DEMO, "--data", "missing.txt")
     assert result.exit_code == 1 and "there is no text missing.txt" in result.stderr
+    result = run("eval", DEMO, "--data", "self")
+    assert result.exit_code == 1 and "says nothing about" in result.stderr
+    result = run("eval", DEMO)  # WikiText-2, which is not here
+    assert result.exit_code == 1 and "Salesforce/wikitext" in result.stderr
+    assert "(wikitext-2-raw-v1, test)" in result.stderr and "Traceback" not in result.output
+
+
+def test_several_models_in_one_table(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(json.__file__).read_text())
+    out = str(tmp_path / "out")
+    assert run("prune", DEMO, "-o", out, "--method", "magnitude", "-q").output == ""
+    settings = ["--data", str(text), "--max-seq-length", "128"]
+    found = last_json(run("eval", DEMO, out, *settings, "--json"))["models"]
+    assert list(found) == [DEMO, out]
+    assert found[out]["perplexity"] > found[DEMO]["perplexity"]
+    table = run("eval", DEMO, out, *settings).output
+    for model in found:
+        assert f"{found[model]['perplexity']:.4f}" in table
+
+
+def test_a_run_says_what_it_cost(tmp_path: Path) -> None:
+    settings = ["--method", "wanda", "--num-calibration-samples", "4", "--max-seq-length", "64"]
+    text = tmp_path / "text.txt"
+    text.write_text(Path(json.__file__).read_text())
+    out = tmp_path / "out"
+    result = run("prune", DEMO, "--calibration", str(text), "-o", str(out), *settings)
+    report = json.loads((out / "proxsparse.json").read_text())
+    quality = report["quality"]
+    assert quality["perplexity"] > quality["perplexity_dense"] > 1
+    assert quality["tokens"] % 64 == 0 and 0 < quality["tokens"] <= 16384
+    for figure in (quality["perplexity"], quality["perplexity_dense"]):
+        assert (
+            f"{figure:.2f}" in result.output and f"{figure:.2f}" in (out / "README.md").read_text()
+        )
+    assert "34 more (-v)" in result.output and "0.self_attn.q_proj" in result.output
+    assert "2.mlp.up_proj" not in result.output
+
+    # What it was made with makes it again, bit by bit; without quality, and with every layer.
+    again = tmp_path / "again"
+    recipe = ["--config", str(out / "proxsparse.json"), "--no-quality", "-v"]
+    result = run("prune", DEMO, "-o", str(again), *recipe)
+    assert result.exit_code == 0, result.output
+    assert "2.mlp.up_proj" in result.output and "perplexity" not in result.output
+    weights = (again / "model.safetensors").read_bytes()
+    assert weights == (out / "model.safetensors").read_bytes()
+    assert json.loads((again / "proxsparse.json").read_text())["recipe"] == report["recipe"]
+
+
+def test_settings_from_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("method: wanda\nmax-seq-length: 64\nignore: [down_proj, k_proj]\n")
+    plan = ["prune", DEMO, "-o", "x", "--calibration", "stdlib", "--dry-run", "--json"]
+    recipe = last_json(run(*plan, "--config", str(config)))["recipe"]
+    assert recipe["method"] == "wanda" and recipe["max_seq_length"] == 64
+    assert recipe["ignore"] == ["down_proj", "k_proj"]
+    recipe = last_json(run(*plan, "--config", str(config), "--max-seq-length", "32"))["recipe"]
+    assert recipe["max_seq_length"] == 32
+    for text, message in (
+        ("max-seq-len: 64", "did you mean max_seq_length"),
+        ("- wanda", "holds no mapping"),
+        ("a: [", "cannot be read as YAML"),
+    ):
+        config.write_text(text)
+        result = run(*plan, "--config", str(config))
+        assert result.exit_code == 1 and message in result.stderr
+    assert "no file of settings" in run(*plan, "--config", "none.yaml").stderr
+
+
+def test_a_dry_run_reads_and_writes_nothing(tmp_path: Path) -> None:
+    shape = tmp_path / "config.json"
+    shutil.copy(Path(DEMO) / "config.json", shape)
+    settings = ["-o", str(tmp_path / "out"), "--tokens", "1M", "--calibration", "stdlib"]
+    plan = last_json(run("prune", str(shape), *settings, "--dry-run", "--json"))
+    assert len(plan["layers"]) == 42 and plan["pruned_weights"] == 2433024
+    assert 1e6 <= plan["tokens"] < 1.01e6 and plan["seconds"] > 0
+    assert plan["recipe"]["lr"] == 0.06 and plan["recipe"]["lam"] == 3.0
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    text = " ".join(run("prune", str(shape), *settings, "--dry-run").output.split())
+    assert "would prune 42 layers" in text and "estimated time: at least" in text
+
+
+def test_lists_take_commas(tmp_path: Path) -> None:
+    arguments = ["prune", DEMO, "-o", str(tmp_path / "out"), "--method", "magnitude", "--dry-run"]
+    several = ["--ignore", "down_proj, k_proj", "--ignore", "re:.*[qo]_proj{1,2}", "--json"]
+    recipe = last_json(run(*arguments, *several))["recipe"]
+    assert recipe["ignore"] == ["down_proj", "k_proj", "re:.*[qo]_proj{1,2}"]
+
+
+def test_help_has_groups_defaults_and_a_short_form() -> None:
+    text = run("prune", "-h").output
+    for title in ("Calibration:", "Learning:", "Only for method proxsparse:", "Output:"):
+        assert f"\n{title}\n" in text
+    assert text.index("Only for method") < text.index("\nOutput:") and "[default: 400]" in text
+    assert "install-completion" in run("--help").output
+
+
+def test_results_fit_80_columns() -> None:
+    for arguments in (["inspect", DEMO], ["env"]):
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
+        assert result.exit_code == 0 and "…" not in result.output
+        assert max(map(len, result.output.splitlines())) <= 80
 
 
 def test_eval_tasks_without_lm_eval(monkeypatch: Any) -> None:

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from proxsparse import ProxsparseError, evaluate_perplexity
-from proxsparse.config import CalibrationConfig
+from proxsparse.config import CalibrationConfig, EvalConfig
 from proxsparse.data.calibration import load_calibration
 from proxsparse.data.tokenizing import added_prefix, tokenize_text
-from proxsparse.jobs.evaluate import evaluate_model, remaining_loss, rolling_log_likelihood
+from proxsparse.jobs.compare import evaluate_models
+from proxsparse.jobs.evaluate import remaining_loss, rolling_log_likelihood
 from proxsparse.jobs.generate import generate
 
 REF = Path(os.environ.get("PROXSPARSE_SHARED", Path(__file__).parents[2] / "shared"))
@@ -159,15 +160,21 @@ def test_eval_on_disk(tiny_model: Any, tmp_path: Path) -> None:
     _tokenizer("<s>").save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(_TEXT)
     name, data = str(tmp_path / "model"), str(tmp_path / "text.txt")
-    result = evaluate_model(name, data, [], max_seq_length=16, device="cpu")
+
+    def evaluate(**settings: Any) -> dict[str, Any]:
+        config = EvalConfig(data=data, device="cpu", **settings)
+        return evaluate_models([name], config)[name]
+
+    result = evaluate(max_seq_length=16)
+    assert result["max_seq_length"] == 16 and result["source"] == data
     assert result["prefix"] == ["<s>"]
     assert result["tokens"] == 90
-    rolled = evaluate_model(name, data, [], max_seq_length=16, device="cpu", rolling=True)
+    rolled = evaluate(max_seq_length=16, rolling=True)
     nats = 101 * math.log(rolled["perplexity"])
     assert rolled["word_perplexity"] == pytest.approx(math.exp(nats / 100))
     assert rolled["bits_per_byte"] == pytest.approx(nats / len(_TEXT) / math.log(2))
     with pytest.raises(ProxsparseError, match="--max-seq-length is 65, but the model has 64"):
-        evaluate_model(name, data, [], max_seq_length=65, device="cpu")
+        evaluate(max_seq_length=65)
     for number in (64, 10**9):
         with pytest.raises(ProxsparseError, match="model has 64 positions: give --max-new-tokens"):
             generate(name, "w1", max_new_tokens=number, device="cpu")

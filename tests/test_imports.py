@@ -35,19 +35,30 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors"},
     "ops": {"errors", "backends"},
     "backends": {"errors", "ops.reference", "_cpu", "_cuda"},
-    "tuning": {"errors", "backends", "ops"},
+    "tuning": {"errors", "progress", "backends", "ops"},
     "models": {"errors", "config", "ops"},
-    "data": {"errors", "config", "models.precision", "models.positions"},
-    "learning": {"errors", "config", "ops", "models"},
+    "data": {"errors", "config", "progress", "models.precision", "models.positions"},
+    "learning": {"errors", "config", "progress", "ops", "models"},
     "methods": {"errors", "config", "ops", "models", "learning"},
     "inference": {"errors", "config", "ops", "models"},
     "vllm": {"errors", "ops", "models"},  # vLLM calls it; nothing of ours does
     "jobs": {
-        *("errors", "config", "ops", "backends", "tuning", "models", "data", "learning"),
+        *(
+            "errors",
+            "config",
+            "progress",
+            "ops",
+            "backends",
+            "tuning",
+            "models",
+            "data",
+            "learning",
+        ),
         *("methods", "inference"),
     },
     "demo_model": set(),
-    "cli": {"errors", "config", "jobs", "learning.launcher"},
+    "cli": {"errors", "config", "jobs", "learning.launcher", "progress"},
+    "progress": set(),
     "__main__": {"cli"},
     "proxsparse": {"inference.registration"},  # everything else by name, on first use
 }
@@ -205,13 +216,15 @@ def test_nobody_imports_the_command_line(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_heavy_libraries_are_imported_when_needed(module: str) -> None:
-    if module == "proxsparse.inference.quantizer":  # made of what is in transformers
+    made_of_theirs = ("proxsparse.inference.quantizer", "proxsparse.inference.adapters")
+    if module in made_of_theirs:  # of what is in transformers and peft
         return
     heavy = {"transformers", "datasets", "matplotlib", "pyarrow", "lm_eval", "accelerate"}
     assert not third_party(imports(module, lazy=False)) & heavy
-    if module == "proxsparse.cli":  # --help answers at once
+    if room_of(module) == "cli":  # --help answers at once
         assert "torch" not in third_party(imports(module, lazy=False))
-        light = {"config", "errors", "jobs.checks", "learning.launcher"}
+        light = {"config", "errors", "progress", "jobs.checks", "learning.launcher"}
+        light |= {"cli.framework", "cli.show"}
         assert first_party(imports(module, lazy=False)) <= light
 
 

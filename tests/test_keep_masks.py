@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,7 @@ from torch import Tensor
 from proxsparse import (
     ProxsparseError,
     apply_masks_,
+    check_masks,
     densify_,
     keep_masks_,
     masks_of,
@@ -111,3 +117,109 @@ def test_from_sparse_to_trained_and_back(pruned: Callable[[str], Any]) -> None:
 def test_a_dense_model_shows_no_masks(tiny_model: Any) -> None:
     with pytest.raises(ProxsparseError, match="no layer of LlamaForCausalLM is 2:4"):
         masks_of(tiny_model("llama"))
+
+
+def test_masks_are_checked(pruned: Callable[[str], Any]) -> None:
+    model = pruned("gpt2")
+    masks = masks_of(model)
+    check_masks(model, masks)
+    w = find_targets(model).layers[3].weight()
+    w[~masks[find_targets(model).layers[3].parameter_name]] = -0.0
+    with pytest.raises(ProxsparseError, match=r"has [\d,]+ pruned weights that are not zero"):
+        check_masks(model, masks)
+
+
+class Wrapped:
+    """As libraries wrap an optimiser: it is in an attribute."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+def test_wrapped_optimisers(pruned: Callable[[str], Any]) -> None:
+    model = pruned("llama")
+    masks, optimizer = dict(masks_of(model)), torch.optim.AdamW(model.parameters(), lr=0.1)
+    wrapped: Any = Wrapped(Wrapped(optimizer))
+    keep_masks_(model, wrapped)
+    train(model, optimizer, 2)
+    assert_masked(model, masks)
+    with pytest.raises(ProxsparseError, match="list is no optimiser"):
+        keep_masks_(model, [])
+
+
+FSDP = """
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, LlamaConfig, AutoModelForCausalLM
+from proxsparse import ProxsparseError, check_masks, keep_masks_, masks_of, ops
+from proxsparse.models.targets import find_targets
+
+torch.distributed.init_process_group("gloo")
+small = {"vocab_size": 96, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}
+gpt2 = GPT2Config(vocab_size=96, n_embd=36, n_head=4, n_layer=2, n_positions=64)
+for config in (LlamaConfig(**small), gpt2):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for target in find_targets(model).layers:
+        target.set_weight_(ops.project_2to4(target.weight()))
+    masks = masks_of(model)
+    for module in list(model.modules())[::-1]:
+        if type(module).__name__.endswith(("DecoderLayer", "Block")):
+            fully_shard(module)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    try:
+        keep_masks_(model, optimizer)
+        raise SystemExit("masks cannot be read off a split model")
+    except ProxsparseError as error:
+        assert "take masks_of(model) before it is split" in str(error)
+    keep_masks_(model, optimizer, masks)
+    x = torch.randint(3, 96, (2, 8))
+    for _ in range(3):
+        model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    check_masks(model, masks)
+    changed = 0
+    for target in find_targets(model, names=frozenset(masks)).layers:
+        parameter = target.parameter
+        assert isinstance(parameter, DTensor)
+        whole = parameter.full_tensor()
+        whole = whole.mT if target.transposed else whole
+        mask = masks[target.parameter_name]
+        assert not whole[~mask].any(), target.name
+        changed += int((whole != 0).sum())
+    assert changed > 0
+    with torch.no_grad():
+        target.parameter.to_local().add_(1.0)
+    try:
+        check_masks(model, masks)
+        raise SystemExit("not seen")
+    except ProxsparseError:
+        pass
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_models_split_by_fsdp2() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for rank in range(2):
+        meeting = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", FSDP],
+                cwd=Path(__file__).resolve().parents[1],
+                env={**os.environ, **meeting},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]

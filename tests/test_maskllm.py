@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse.config import LearnConfig, MaskLLMConfig, SparseGPTConfig
+from proxsparse.config import LearnConfig, MaskLLMOptions, SparseGPTOptions
 from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.prune import prune
 from proxsparse.learning.job import Job
@@ -27,7 +27,7 @@ MASKS = torch.tensor(
 def make_job(model: Any, **settings: Any) -> Job:
     tokens = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(0))
     learn = LearnConfig(**{"steps": 10, "batch_size": 2, **settings})
-    return Job(model, find_targets(model), tokens, learn, MaskLLMConfig())
+    return Job(model, find_targets(model), tokens, learn, MaskLLMOptions())
 
 
 def make_rule(job: Job) -> tuple[Any, Masks]:
@@ -136,7 +136,7 @@ def test_it_finds_the_masks_that_matter() -> None:
     wanted = mask_2to4(torch.randn(16, 32))
     prior = Masks()
     prior.add(target, ~wanted)
-    rule = module._Categorical(LearnConfig(steps=200), MaskLLMConfig(), prior)
+    rule = module._Categorical(LearnConfig(steps=200), MaskLLMOptions(), prior)
     state = rule.start(target, w0)
     assert mask_2to4(rule.score(w0, state, w0))[wanted].float().mean() < 0.3
     out = torch.empty_like(w0)
@@ -152,7 +152,7 @@ def test_it_finds_the_masks_that_matter() -> None:
 def test_the_loss_is_the_published_one_unless_distilled(tiny_model: Any, distil: bool) -> None:
     model = tiny_model("llama")
     job = make_job(model, steps=1, lam=0.0)
-    job.options = MaskLLMConfig(distil=distil)
+    job.options = MaskLLMOptions(distil=distil)
     METHODS["maskllm"].run(job)
     loss = job.history[0]["loss"]
     # A random model is as good as uniform at 96 tokens, and near itself.
@@ -164,7 +164,7 @@ def test_the_prior_is_sparsegpts_mask(tiny_model: Any) -> None:
     model = tiny_model("llama")
     job = make_job(model, steps=1, lr=0.0)
     found = METHODS["maskllm"].run(job)
-    options = SparseGPTConfig(mask_only=True)
+    options = SparseGPTOptions(mask_only=True)
     prior = METHODS["sparsegpt"].run(dataclasses.replace(job, options=options))
     same = [(found[n].view(-1, 4) == prior[n].view(-1, 4)).all(-1).float().mean() for n in prior]
     assert min(same) > 0.8

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from proxsparse.config import LearnConfig, SparseGPTConfig
+from proxsparse.config import LearnConfig, SparseGPTOptions
 from proxsparse.errors import ProxsparseError
 from proxsparse.learning.job import Job
 from proxsparse.methods import METHODS, get_method
@@ -108,7 +108,7 @@ def test_sparsegpt_dead_inputs_and_singular_hessian() -> None:
 @pytest.mark.parametrize("mask_only", [False, True])
 def test_sparsegpt_updates_weights_unless_mask_only(tiny_model: Any, mask_only: bool) -> None:
     model = tiny_model("llama")
-    job = make_job(model, "sparsegpt", SparseGPTConfig(mask_only=mask_only))
+    job = make_job(model, "sparsegpt", SparseGPTOptions(mask_only=mask_only))
     target = job.targets.layers[0]
     before = target.weight().clone()
     masks = METHODS["sparsegpt"].run(job)

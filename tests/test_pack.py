@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import proxsparse
 from proxsparse import Masks, ProxsparseError, SparseLinear
-from proxsparse.jobs.evaluate import evaluate_model
+from proxsparse.config import EvalConfig
+from proxsparse.jobs.compare import evaluate_models
 from proxsparse.jobs.inspect import inspect_model
 from proxsparse.jobs.pack import pack, unpack
 
@@ -90,7 +91,9 @@ def test_inspect_and_eval_read_it(pruned: Path, packed: Any, tmp_path: Path) -> 
     text = tmp_path / "text.txt"
     text.write_text(Path(json.__file__).read_text()[:4000])
     figures = [
-        evaluate_model(str(d), str(text), [], max_seq_length=64, device="cpu")
+        evaluate_models([str(d)], EvalConfig(data=str(text), max_seq_length=64, device="cpu"))[
+            str(d)
+        ]
         for d in (packed[0], pruned)
     ]
     assert figures[0] == figures[1]

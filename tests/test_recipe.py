@@ -118,3 +118,52 @@ def test_as_dict_holds_only_what_took_part() -> None:
 def test_unknown_setting_suggests() -> None:
     with pytest.raises(ProxsparseError, match="did you mean max_seq_length"):
         make_recipe(max_seq_len=5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lr", "lam", "units"),
+    [
+        ({}, 0.03, 0.03, "weights"),
+        ({"lam": 2.0}, 1e-4, 2.0, "absolute"),
+        ({"lr": 0.5}, 0.5, 0.03, "weights"),
+        ({"lam": 2.0, "lam_units": "weights"}, 0.03, 2.0, "weights"),
+    ],
+)
+def test_a_recipe_has_numbers_and_their_units(
+    settings: dict[str, Any], lr: float, lam: float, units: str
+) -> None:
+    recipe = make_recipe("proxsparse", **settings).for_model(model_of(512))
+    found = recipe.as_dict()
+    assert (found["lr"], found["lam"], found["lam_units"]) == (lr, lam, units)
+    assert recipe.method.distils(recipe.options) == (units == "weights")
+    # Given back, it is the same recipe.
+    again = {key: value for key, value in found.items() if key != "method"}
+    assert make_recipe("proxsparse", **again).for_model(model_of(512)).as_dict() == found
+
+
+def test_gates_have_numbers_too() -> None:
+    found = make_recipe(lam=0.0).for_model(model_of(512)).as_dict()
+    assert (found["lr"], found["lam"]) == (0.06, 0.0)
+
+
+def test_absolute_units_need_a_lam() -> None:
+    with pytest.raises(ProxsparseError, match="--lam-units absolute has no lam of its own"):
+        make_recipe("proxsparse", lam_units="absolute").for_model(model_of(512))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": "200"}, r"--steps is '200' \(str\): it must be a whole number"),
+        ({"steps": True}, r"--steps is True \(bool\): it must be a whole number"),
+        ({"steps": 2.5}, r"--steps is 2.5 \(float\)"),
+        ({"lr": "high"}, r"--lr is 'high' \(str\): it must be a number"),
+        ({"random_init": 1}, r"--random-init is 1 \(int\): it must be True or False"),
+        ({"split": 3}, r"--split is 3 \(int\): it must be a string"),
+        ({"ignore": "down_proj"}, r"--ignore is 'down_proj' \(str\): it must be a list of strings"),
+        ({"ignore": (1,)}, r"--ignore is \(1,\) \(tuple\): it must be a list of strings"),
+    ],
+)
+def test_wrong_types_are_named(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProxsparseError, match=message):
+        make_recipe(**setting)

@@ -18,11 +18,14 @@ from proxsparse import ops
 from proxsparse.ops import reference
 
 LAYOUTS = [
-    (rows, tokens, cluster)
-    for rows, tokens in ((256, 192), (128, 256), (128, 128), (128, 64))
-    for cluster in (1, 2)
+    *(
+        (rows, tokens, cluster, 0)
+        for rows, tokens in ((256, 192), (128, 256), (128, 128), (128, 64))
+        for cluster in (1, 2)
+    ),
+    *((128, tokens, cluster, 1) for tokens in (96, 160, 192) for cluster in (1, 2)),
 ]
-SHARING = (128, 256, 2)  # in which 66 clusters share the 32 tiles of 4096 rows and 512 tokens
+SHARING = (128, 256, 2, 0)  # in which 66 clusters share the 32 tiles of 4096 rows and 512 tokens
 # A device, its multiprocessors and its major compute capability.
 TWO, HOPPER, BLACKWELL = (0, 2, 9), (1, 132, 9), (2, 148, 10)
 
@@ -38,7 +41,7 @@ def emulate(build_emulator: Callable[..., ctypes.CDLL]) -> Callable[..., Tensor]
         values: Tensor,
         codes: Tensor,
         bias: Tensor | None = None,
-        layout: tuple[int, int, int] = (0, 0, 0),
+        layout: tuple[int, int, int, int] = (0, 0, 0, 0),
         *,
         early: bool = False,
         descending: bool = False,
@@ -98,7 +101,7 @@ def exact(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(
-    emulate: Callable[..., Tensor], layout: tuple[int, int, int], descending: bool, early: bool
+    emulate: Callable[..., Tensor], layout: tuple[int, int, int, int], descending: bool, early: bool
 ) -> None:
     # Several tiles a block, none of the last ones whole, more chunks than the ring has stages.
     x, w, values, codes, bias = make(layout[1] + 40, 2 * layout[0] + 72, 64 * 11)
@@ -109,10 +112,13 @@ def test_every_layout(
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("k", [64, 128, 192])
-@pytest.mark.parametrize("layout", [(256, 192, 1), (128, 256, 1), (128, 64, 1), (128, 64, 2)])
+@pytest.mark.parametrize(
+    "layout",
+    [(256, 192, 1, 0), (128, 256, 1, 0), (128, 64, 1, 1), (128, 64, 2, 0), (128, 96, 2, 1)],
+)
 def test_tiles_shorter_than_the_ring(
     emulate: Callable[..., Tensor],
-    layout: tuple[int, int, int],
+    layout: tuple[int, int, int, int],
     k: int,
     descending: bool,
     early: bool,
@@ -133,10 +139,11 @@ def test_every_size(emulate: Callable[..., Tensor], m: int, n: int, dtype: torch
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tiles_that_blocks_share(
-    emulate: Callable[..., Tensor], layout: tuple[int, int, int], has_bias: bool
+    emulate: Callable[..., Tensor], layout: tuple[int, int, int, int], has_bias: bool
 ) -> None:
-    rows, tokens, cluster = layout
-    k = 64 * (32 if tokens > 128 else 64)  # enough to be worth it
+    rows, tokens, cluster, _ = layout
+    # Enough to be worth it.
+    k = 64 * (32 if rows * tokens > 128 * 192 else 40 if tokens > 128 else 64)
     device = (10 + cluster, 5 * cluster, 9)
     # Two or three clusters share one tile, and four share two: the last part of each is longer.
     # Five share six, or of twelve the last seven: at most three take part in one, and some have the
@@ -153,7 +160,7 @@ def test_tiles_that_blocks_share(
 
 def test_bands_of_token_tiles(emulate: Callable[..., Tensor]) -> None:
     x, w, values, codes, bias = make(64 * 19, 128 * 3, 64)
-    assert torch.equal(emulate(x, values, codes, bias, (128, 64, 1)), exact(x, w, bias))
+    assert torch.equal(emulate(x, values, codes, bias, (128, 64, 1, 0)), exact(x, w, bias))
 
 
 def test_groups_with_fewer_than_two_entries(emulate: Callable[..., Tensor]) -> None:
@@ -185,18 +192,18 @@ def test_rounding_is_that_of_float32_sums(
 @pytest.mark.parametrize(
     ("n", "k", "layout", "device", "message"),
     [
-        (64, 96, (0, 0, 0), HOPPER, "in_features must be a multiple of 64"),
-        (60, 64, (0, 0, 0), HOPPER, "out_features must be a multiple of 8"),
-        (64, 64, (192, 64, 1), HOPPER, "no such layout"),
-        (64, 64, (0, 0, 4), HOPPER, "no such layout"),
-        (64, 64, (0, 0, 0), BLACKWELL, "compute capability 9.0"),
+        (64, 96, (0, 0, 0, 0), HOPPER, "in_features must be a multiple of 64"),
+        (60, 64, (0, 0, 0, 0), HOPPER, "out_features must be a multiple of 8"),
+        (64, 64, (192, 64, 1, 0), HOPPER, "no such layout"),
+        (64, 64, (0, 0, 4, 0), HOPPER, "no such layout"),
+        (64, 64, (0, 0, 0, 0), BLACKWELL, "compute capability 9.0"),
     ],
 )
 def test_refuses_what_it_cannot(
     emulate: Callable[..., Tensor],
     n: int,
     k: int,
-    layout: tuple[int, int, int],
+    layout: tuple[int, int, int, int],
     device: tuple[int, int, int],
     message: str,
 ) -> None:
@@ -224,12 +231,12 @@ def executors() -> Any:
 
 @pytest.mark.sparse_tc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [65, 512, 1000, 1024])
+@pytest.mark.parametrize("m", [65, 160, 512, 1000, 1024])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1040, 1088), (5120, 5120), (512, 3584)])
 def test_every_layout_on_a_gpu(executors: Any, n: int, k: int, m: int, dtype: torch.dtype) -> None:
     x, w, values, codes, bias = (t.cuda() for t in make(m, n, k, dtype))
     expected = exact(x, w, bias)
-    for layout in ((0, 0, 0), *executors.PREFILL_LAYOUTS):
+    for layout in ((0, 0, 0, 0), *executors.PREFILL_LAYOUTS):
         run = executors.Prefill(layout, 0, dtype, n, k)
         torch.full((m, n), torch.nan, dtype=dtype, device="cuda")  # poisons what run reuses
         for _ in range(3):

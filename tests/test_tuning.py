@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,9 +113,7 @@ def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None
     ("tokens", "available", "expected"),
     [
         (16, ALL, "dense"),
-        (768, ALL, "dense"),
-        (1023, ALL, "dense"),
-        (1024, ALL, "cusparselt"),
+        (1024, ALL, "dense"),
         (1024, ("dense", "unpack"), "dense"),
         (16384, ("unpack",), "unpack"),
         (16, (*ALL, "decode"), "decode"),
@@ -130,10 +129,13 @@ def test_the_counts_that_stand_for_a_range_lie_in_it_and_fill_no_tiles() -> None
         (1024, ("dense", "prefill", "unpack"), "prefill"),
     ],
 )
-def test_the_rule_where_nothing_was_measured(
+def test_the_rule_where_nothing_was_measured_or_predicted(
     tokens: int, available: tuple[str, ...], expected: str
 ) -> None:
-    assert choice.choose(None, tokens, available) == Candidate(expected)
+    cell = CELL._replace(bucket=choice.find_bucket(tokens))
+    assert choice.choose(None, tokens, available, cell).candidate == Candidate(expected)
+    small = choice.choose(None, tokens, available, cell._replace(n=1024)).candidate
+    assert small == Candidate("dense" if "dense" in available else expected)
 
 
 @pytest.mark.parametrize(
@@ -149,22 +151,22 @@ def test_dense_is_replaced_only_where_something_is_faster(
     speedups: tuple[float, float], at_bucket: str, below: str
 ) -> None:
     known = record(cusparselt=speedups, unpack=(0.5, 0.5))
-    assert choice.choose(known, 1024, ALL).executor == at_bucket
+    assert choice.choose(known, 1024, ALL).candidate.executor == at_bucket
     for tokens in (769, 800, 1023):
-        assert choice.choose(known, tokens, ALL).executor == below
-    assert choice.choose(known, 10**6, ALL).executor == at_bucket, "above all buckets"
+        assert choice.choose(known, tokens, ALL).candidate.executor == below
+    assert choice.choose(known, 10**6, ALL).candidate.executor == at_bucket, "above all buckets"
 
 
 def test_without_the_dense_weight_the_fastest_form_runs() -> None:
     known = record(cusparselt=(0.6, 0.7), unpack=(0.5, 0.5))
-    assert choice.choose(known, 16, ("cusparselt", "unpack")).executor == "cusparselt"
-    assert choice.choose(known, 16, ("unpack",)).executor == "unpack"
+    assert choice.choose(known, 16, ("cusparselt", "unpack")).candidate.executor == "cusparselt"
+    assert choice.choose(known, 16, ("unpack",)).candidate.executor == "unpack"
 
 
 def test_measured_but_unusable_leaves_dense() -> None:
-    assert choice.choose(Record({}, {}, {}), 4096, ALL) == Candidate("dense")
+    assert choice.choose(Record({}, {}, {}), 4096, ALL).candidate == Candidate("dense")
     known = record(decode=(1.7, 1.7))
-    assert choice.choose(known, 16, ALL) == Candidate("dense"), "decode is not built here"
+    assert choice.choose(known, 16, ALL).candidate == Candidate("dense"), "decode is not built here"
 
 
 # -- measuring
@@ -197,8 +199,8 @@ def test_the_best_verified_candidate_is_kept() -> None:
 def test_the_top_may_win_where_the_counts_below_lose() -> None:
     known = table()
     tune(FakeWorker({Candidate("unpack"): 0.5, library(0): at_top(1.43, 0.997)}), into=known)
-    assert choice.choose(known.get(CELL), 1024, ALL) == library(0)
-    assert choice.choose(known.get(CELL), 1016, ALL) == Candidate("dense")
+    assert choice.choose(known.get(CELL), 1024, ALL).candidate == library(0)
+    assert choice.choose(known.get(CELL), 1016, ALL).candidate == Candidate("dense")
 
 
 def test_the_top_and_the_counts_below_have_candidates_of_their_own() -> None:
@@ -207,8 +209,8 @@ def test_the_top_and_the_counts_below_have_candidates_of_their_own() -> None:
     )
     known = table()
     tune(worker, into=known)
-    assert choice.choose(known.get(CELL), 1024, ALL) == library(0)
-    assert choice.choose(known.get(CELL), 1000, ALL) == library(1)
+    assert choice.choose(known.get(CELL), 1024, ALL).candidate == library(0)
+    assert choice.choose(known.get(CELL), 1000, ALL).candidate == library(1)
     below = {candidate for candidate, tokens, _ in worker.tried if tokens < 1024}
     assert library(2) not in below, "too far behind at the top to be tried again"
     again = table()
@@ -577,3 +579,139 @@ def test_tables_that_ship_are_read(
     table = Table(content["gpu"], content["cusparselt"])
     assert table.path.name == path.name
     assert len(table) == len(content["cells"]) > 0
+
+
+# -- pruning
+
+LLAMA = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+DECODE_TIMES = Path(__file__).parents[1] / "benchmarks/results/h200/sparse_linear_decode.json"
+
+
+@pytest.fixture
+def layouts() -> dict[str, Any]:
+    executors = pytest.importorskip("proxsparse.backends.executors")
+    tuned = executors.PREFILL_LAYOUTS[: executors.NUM_TUNED_PREFILL_LAYOUTS]
+    return {"decode": executors.DECODE_LAYOUTS, "prefill": tuned}
+
+
+def everything(cell: Cell, layouts: dict[str, Any]) -> list[Candidate]:
+    """What a Hopper GPU can try, as `trials.Bench.candidates` lists it."""
+    found = [Candidate("unpack")]
+    if cell.bucket <= 256:
+        found += [Candidate("decode", i) for i in range(-1, len(layouts["decode"]))]
+    if cell.bucket > 64:
+        found += [Candidate("prefill", i) for i in range(-1, len(layouts["prefill"]))]
+    return found + [library(i) for i in range(-1, 21)]
+
+
+def shipped() -> Table:
+    return Table("NVIDIA H200", "0.8.0")
+
+
+def test_pruning_keeps_what_wins_in_the_shipped_table(layouts: dict[str, Any]) -> None:
+    known, kept, executors, total = shipped(), 0, 0, 0
+    for name, found in known._records.items():
+        shape, bucket, dtype, bias = name.split()
+        cell = Cell(*map(int, shape.split("x")), int(bucket[1:]), dtype, bias == "bias")
+        left = search.prune(cell, everything(cell, layouts), known.constants, layouts)
+        for timings in filter(None, (found.top, found.interior)):
+            best = max(timings.values(), key=lambda timing: timing.speedup).candidate
+            total += 1
+            kept += best._replace(split_k=1) in left
+            executors += best.executor in {candidate.executor for candidate in left}
+    assert total > 400 and kept > 0.8 * total  # others are within a percent of what is tried
+    assert executors == total
+
+
+def test_pruned_layouts_are_as_fast_as_all(layouts: dict[str, Any]) -> None:
+    """By the time that every layout of the kernel for few tokens took on an H200."""
+    times: dict[tuple[int, int, int], dict[Candidate, float]] = {}
+    for row in json.loads(DECODE_TIMES.read_text(encoding="utf-8"))["rows"]:
+        if not row["backend"].startswith("cuda"):
+            continue
+        shape, tokens = row["case"].removesuffix(" tokens").split(", ")
+        n, k = map(int, shape.split("x"))
+        words = row["backend"].removeprefix("cuda ")
+        number = -1
+        if words != "chosen":
+            number = layouts["decode"].index(tuple(map(int, words.split("/"))))
+        cells = times.setdefault((n, k, int(tokens)), {})
+        cells[Candidate("decode", number)] = row["us_p50"]
+    losses = []
+    for (n, k, tokens), measured in times.items():
+        cell = Cell(n, k, choice.find_bucket(tokens), "bfloat16", False)
+        left = search.prune(cell, list(measured), shipped().constants, layouts)
+        assert len(left) <= search.NUM_PREDICTED + 1
+        losses.append(min(measured[c] for c in left) / min(measured.values()))
+    assert len(losses) > 100
+    assert statistics.geometric_mean(losses) < 1.005
+    assert max(losses) < 1.13
+
+
+def test_a_model_takes_a_part_of_the_trials(layouts: dict[str, Any]) -> None:
+    """All token ranges of Llama-3.1-8B's layers, as `advise` tunes them."""
+
+    class Gpu(FakeWorker):
+        """Times that the model predicts; the library 1.1 times slower than the best."""
+
+        def __init__(self) -> None:
+            super().__init__({})
+
+        def candidates(self, cell: Cell) -> list[Candidate]:
+            return everything(cell, layouts)
+
+        def measure(self, cell: Cell, candidate: Candidate, tokens: int, is_final: bool) -> Outcome:
+            self.tried.append((candidate, tokens, is_final))
+            gain = 1.4 - 0.02 * (candidate.algorithm % 7)
+            if candidate.executor == "cusparselt":
+                gain = 0.5 if cell.bucket <= 64 else 1.2
+            return Outcome("ok", "", 1e-5, 0.4 if candidate.executor == "unpack" else gain)
+
+    known = shipped()
+    cells = [Cell(n, k, bucket, "float16", False) for n, k in LLAMA for bucket in BUCKETS]
+    counts = []
+    for constants in (None, known.constants):
+        worker = Gpu()
+        into = Table("NVIDIA H200", "0.8.0" if constants else "9.9.9")
+        report = tuning.tune(
+            *(into, cells, worker),
+            seconds=60,
+            show_progress=False,
+            prune=None
+            if constants is None
+            else lambda cell, found: search.prune(cell, found, known.constants, layouts),
+        )
+        assert report.num_measured == len(cells)
+        counts.append(len(worker.tried) / len(cells))
+    everywhere, pruned = counts
+    assert pruned < 31 and pruned < 0.35 * everywhere, counts
+
+
+def test_without_constants_everything_is_tried(layouts: dict[str, Any]) -> None:
+    cell = CELL._replace(bucket=128)
+    found = everything(cell, layouts)
+    assert search.prune(cell, found, None, layouts) == found
+    only_library = [library(i) for i in range(4)]
+    assert search.prune(cell, only_library, shipped().constants, layouts) == only_library
+
+
+def test_an_executor_that_is_far_behind_has_one_final_trial() -> None:
+    outcomes: dict[Candidate, float] = {Candidate("prefill", i): 1.5 for i in range(3)}
+    worker = FakeWorker({**outcomes, **{library(i): 0.7 for i in range(3)}})
+    known = table()
+    tune(worker, into=known)
+    finals = {c for c, _, is_final in worker.tried if is_final}
+    assert sum(c.executor == "cusparselt" for c in finals) == 1
+    assert all(c.split_k == 1 for c, *_ in worker.tried), "no split makes up for so much"
+    assert set(known.get(CELL).top) == {"prefill", "cusparselt"}
+
+
+def test_late_cells_are_named() -> None:
+    report = tuning.tune(
+        table(),
+        [CELL],
+        FakeWorker({library(0): 1.2}),
+        seconds=0.0,
+        show_progress=False,
+    )
+    assert report.late == [str(CELL)] and report.num_late == 1 and report.num_measured == 0

@@ -42,9 +42,9 @@ using Prefill = Kernel<proxsparse::PrefillLayout>;
 using DecodeFp8 = Kernel<proxsparse::DecodeLayout, true>;
 using PrefillFp8 = Kernel<proxsparse::PrefillLayout, true>;
 
-template <typename Layout, bool kIsFp8 = false>
-Kernel<Layout, kIsFp8> make_kernel(int type, int n, int k, int first, int second, int third) {
-  return {static_cast<ValueType>(type) == ValueType::kBFloat16, n, k, {first, second, third}};
+template <typename Layout, bool kIsFp8 = false, typename... Fields>
+Kernel<Layout, kIsFp8> make_kernel(int type, int n, int k, Fields... fields) {
+  return {static_cast<ValueType>(type) == ValueType::kBFloat16, n, k, {fields...}};
 }
 
 DecodeWeight make_weight(int n, Address values, Address codes, Address bias, Address out) {
@@ -146,8 +146,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("has_kernels") = true;
   m.attr("MAX_DECODE_WEIGHTS") = proxsparse::kMaxDecodeWeights;
   py::class_<Decode>(m, "Decode")
-      .def(py::init(&make_kernel<proxsparse::DecodeLayout>), py::arg("type"), py::arg("n"),
-           py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
+      .def(py::init(&make_kernel<proxsparse::DecodeLayout, false, int, int, int>), py::arg("type"),
+           py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
       .def(
           "__call__",
           [](const Decode& kernel, int tokens, Address x, Address values, Address codes,
@@ -170,8 +170,9 @@ PYBIND11_MODULE(_cuda, m) {
       unlocked());
   m.def("capture_of", [](Address stream) { return proxsparse::capture_of(pointer(stream)); });
   py::class_<Prefill>(m, "Prefill")
-      .def(py::init(&make_kernel<proxsparse::PrefillLayout>), py::arg("type"), py::arg("n"),
-           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
+      .def(py::init(&make_kernel<proxsparse::PrefillLayout, false, int, int, int, int>),
+           py::arg("type"), py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("tokens"),
+           py::arg("cluster"), py::arg("ahead") = 0)
       .def(
           "__call__",
           [](const Prefill& kernel, int tokens, Address x, Address values, Address codes,
@@ -184,8 +185,8 @@ PYBIND11_MODULE(_cuda, m) {
           },
           unlocked());
   py::class_<DecodeFp8>(m, "DecodeFp8")
-      .def(py::init(&make_kernel<proxsparse::DecodeLayout, true>), py::arg("type"), py::arg("n"),
-           py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
+      .def(py::init(&make_kernel<proxsparse::DecodeLayout, true, int, int, int>), py::arg("type"),
+           py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
       .def(
           "__call__",
           [](const DecodeFp8& kernel, int tokens, Address x, Address token_scales, Address values,
@@ -198,8 +199,8 @@ PYBIND11_MODULE(_cuda, m) {
           },
           unlocked());
   py::class_<PrefillFp8>(m, "PrefillFp8")
-      .def(py::init(&make_kernel<proxsparse::PrefillLayout, true>), py::arg("type"), py::arg("n"),
-           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
+      .def(py::init(&make_kernel<proxsparse::PrefillLayout, true, int, int, int>), py::arg("type"),
+           py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
       .def(
           "__call__",
           [](const PrefillFp8& kernel, int tokens, Address x, Address token_scales, Address values,

@@ -9,9 +9,10 @@ namespace proxsparse {
 
 // How a call is laid out on the GPU; zeros let the library choose.
 struct PrefillLayout {
-  int rows = 0;     // of the weight per tile: 128, with 192 tokens 256
-  int tokens = 0;   // per tile: 64, 128, 192 or 256
+  int rows = 0;     // of the weight per tile: 128, or with 192 tokens 256
+  int tokens = 0;   // per tile: 64, 96, 128, 160, 192 or 256
   int cluster = 0;  // blocks that share their tokens: 1 or 2
+  int ahead = 0;    // whether the weight is fetched to the L2 cache a ring ahead of its copies
 };
 
 // y[M, N] = x[M, K] W[N, K]^T + bias. All pointers are device memory, but for bias and scales

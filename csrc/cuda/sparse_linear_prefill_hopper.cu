@@ -36,6 +36,7 @@
 
 #include "hopper.h"
 #include "packed_weight.h"
+#include "prefill_plan.h"
 #include "sparse_linear_prefill.h"
 
 namespace proxsparse {
@@ -44,14 +45,12 @@ namespace {
 constexpr int kValueRowBytes = kStep;  // a row of values of a stage: 32 of 16 bits
 constexpr int kSliceRows = kCodeRows;  // of one product
 constexpr int kSliceValueBytes = kSliceRows * kValueRowBytes;
-constexpr int kStagesAt = 1024;  // before them, barriers
-constexpr int kMostStages = 8;
-constexpr int kStoredTokens = 64, kStoredBytes = kStoredTokens * kTileRowBytes;  // by one store
-constexpr int kWarpgroups = 2;                                                   // that multiply
+constexpr int kStagesAt = 1024;                       // before them, barriers
+constexpr int kMostStages = 8, kMostDeepStages = 10;  // these for 96 tokens
+constexpr int kWarpgroups = 2;                        // that multiply
 constexpr int kWeightWarp = 4 * kWarpgroups, kTokenWarp = kWeightWarp + 1;
 constexpr int kResultWarp = kWeightWarp + 2;
 constexpr int kCopyRegisters = 40, kSumRegisters = 232;  // of a thread
-constexpr int kBand = 8;  // token tiles that are walked together, see `Tiles`
 
 // The constants of one kernel: results are of type `Scalar`, operands of `Factor`.
 template <typename Scalar, int rows, int tokens, typename Factor = Scalar>
@@ -75,8 +74,8 @@ struct Shape {
       (kBytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
 
   static constexpr int kMostSharedBytes = 227 * 1024;
-  static constexpr int kStages =
-      std::min((kMostSharedBytes - kStagesAt) / kStageBytes, kMostStages);
+  static constexpr int kStages = std::min((kMostSharedBytes - kStagesAt) / kStageBytes,
+                                          tokens == 96 ? kMostDeepStages : kMostStages);
   static constexpr int kSharedBytes = kStagesAt + kStages * kStageBytes;
 
   // The results of a tile leave through stages of the ring, each with an equal part of those of
@@ -85,30 +84,19 @@ struct Shape {
   static constexpr int kResultBytes = kSlices * kSliceBytes;  // of a warpgroup
   static constexpr int kResultStages = (kWarpgroups * kResultBytes + kStageBytes - 1) / kStageBytes;
   static constexpr int kPartBytes = kResultBytes / kResultStages;  // of that, in one stage
+  // By one store: 64 tokens, or where those do not divide a part, all of it.
+  static constexpr int kStoredTokens =
+      kPartBytes % (64 * kTileRowBytes) == 0 ? 64 : kPartBytes / kTileRowBytes;
+  static constexpr int kStoredBytes = kStoredTokens * kTileRowBytes;
   static_assert(kResultBytes % kResultStages == 0 && kPartBytes % kStoredBytes == 0 &&
+                kStoredTokens % 16 == 0 && kSliceBytes % kStoredBytes == 0 &&
                 kResultStages < kStages);
 
   // So many loads of what another block has summed are under way.
-  static constexpr int kLoads = kSums > 128 ? 4 : std::min(kSums / 4, 16);
-};
-
-// Where a tile begins: its row and token, as `Tiles` gives them in units of tiles.
-struct TilePlace {
-  int row, token;
-};
-
-// The tiles of the result. They run along the rows in bands of a few token tiles, so that what runs
-// together shares both operands in the L2 cache about evenly.
-struct Tiles {
-  int row_tiles, token_tiles;  // row tiles of a whole cluster
-
-  __host__ __device__ int count() const { return row_tiles * token_tiles; }
-
-  __device__ TilePlace operator[](int index) const {
-    const int band = index / (row_tiles * kBand), in_band = index % (row_tiles * kBand);
-    const int width = min(kBand, token_tiles - band * kBand);
-    return {in_band / width, band * kBand + in_band % width};
+  static constexpr int most_loads(int most) {
+    return kSums / 4 % most == 0 ? most : most_loads(most - 1);
   }
+  static constexpr int kLoads = kSums > 128 ? 4 : most_loads(16);
 };
 
 // Chunks of columns of one tile, [first, last).
@@ -154,7 +142,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                                  const typename S::T* bias, const float* row_scales,
                                  const float* token_scales, int M, int N, int K, Tiles tiles,
                                  int shared_tiles, int extra, int cluster, int clusters, int share,
-                                 float4* partial, int* signals) {
+                                 int ahead, float4* partial, int* signals) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
   const int thread = threadIdx.x, warp = warp_index(), warpgroup = warp / 4;
@@ -199,7 +187,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #pragma unroll 1
         for (int chunk = segment.first; chunk < end; ++chunk) {
           wait_for_phase(read + turn.stage, turn.parity ^ 1);
-          if (is_elected()) visit(place, chunk, turn.stage, ring + turn.stage * S::kStageBytes);
+          if (is_elected()) {
+            visit(place, segment.last, chunk, turn.stage, ring + turn.stage * S::kStageBytes);
+          }
           turn.advance(1, S::kStages);
         }
       }
@@ -209,7 +199,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     // the full size. Codes are not a matrix: of rows past the last those of the last tile are read,
     // which selects among zeros.
     if (warp == kWeightWarp) {
-      for_all_stages([&](TilePlace place, int chunk, int stage, unsigned char* at) {
+      for_all_stages([&](TilePlace place, int last, int chunk, int stage, unsigned char* at) {
         Barrier* barrier = landed + stage;
         if (chunk >= chunks) {
           arrive(barrier);  // for results
@@ -217,16 +207,28 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         }
         arrive_and_expect(barrier, S::kBytes);
         copy_tile(at + S::kValuesAt, values, place.row, chunk * kStep / 2, barrier);
+        const auto codes_of = [&](int slice, int of_chunk) {
+          const std::int64_t code_row = min(place.row + slice * kCodeRows, N - 1) / kCodeRows;
+          return codes + (code_row * chunks + of_chunk) * S::kCodeBytes;
+        };
 #pragma unroll
         for (int i = 0; i < S::kRows / kSliceRows; ++i) {
-          const std::int64_t code_row = min(place.row + i * kCodeRows, N - 1) / kCodeRows;
-          copy_bytes(at + S::kCodesAt + i * S::kCodeBytes,
-                     codes + (code_row * chunks + chunk) * S::kCodeBytes, S::kCodeBytes, barrier);
+          copy_bytes(at + S::kCodesAt + i * S::kCodeBytes, codes_of(i, chunk), S::kCodeBytes,
+                     barrier);
+        }
+        // Where tiles of tokens are few, the weight comes from memory, and the ring alone asks for
+        // too little of it at a time. The first tile of tokens fetches it for all.
+        if (const int next = chunk + ahead; ahead > 0 && next < last && place.token == 0) {
+          fetch_tile(values, place.row, next * kStep / 2);
+#pragma unroll
+          for (int i = 0; i < S::kRows / kSliceRows; ++i) {
+            fetch_bytes(codes_of(i, next), S::kCodeBytes);
+          }
         }
       });
     } else if (warp == kTokenWarp) {
       wait_for_previous_grid();
-      for_all_stages([&](TilePlace place, int chunk, int stage, unsigned char* at) {
+      for_all_stages([&](TilePlace place, int, int chunk, int stage, unsigned char* at) {
         if (chunk >= chunks) return;
         Barrier* barrier = landed + stage;
         const int token = place.token + part * share;
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           parities ^= 1u << stage;
           if (is_elected()) {
 #pragma unroll
-            for (int j = 0; j < kWarpgroups * S::kPartBytes; j += kStoredBytes) {
+            for (int j = 0; j < kWarpgroups * S::kPartBytes; j += S::kStoredBytes) {
               const int at = i * S::kPartBytes + j % S::kPartBytes;  // in the warpgroup's results
               const int slice = j / S::kPartBytes * S::kSlices + at / S::kSliceBytes;
               store_tile(y, place.token + at % S::kSliceBytes / kTileRowBytes,
@@ -456,19 +458,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (cluster > 1) synchronize_cluster();
 }
 
-// How a product is laid out: tiles, the clusters that compute them, and how many tiles they share.
-struct Plan {
-  PrefillLayout layout;
-  Tiles tiles;
-  int clusters = 0, shared_tiles = 0;
-  int extra = 0;  // chunks, see `Work`
-
-  std::size_t workspace_bytes() const {
-    if (shared_tiles == 0) return 0;
-    return std::size_t{4} * layout.rows * layout.tokens * clusters * layout.cluster;
-  }
-};
-
 template <typename S>
 const char* launch(const PrefillCall& call, int index, const Device& device, const Plan& plan) {
   using T = typename S::T;
@@ -485,7 +474,7 @@ const char* launch(const PrefillCall& call, int index, const Device& device, con
   }
   if (error == nullptr) {
     error = describe_tiles(&y, call.y, call.tokens, call.out_features, call.out_features,
-                           kStoredTokens, call.is_bfloat16);
+                           S::kStoredTokens, call.is_bfloat16);
   }
   if (error != nullptr) return error;
   return launch_kernel<S>(
@@ -493,67 +482,8 @@ const char* launch(const PrefillCall& call, int index, const Device& device, con
       S::kThreads, S::kSharedBytes, x, values, y, static_cast<const std::uint8_t*>(call.codes),
       static_cast<const T*>(call.bias), call.row_scales, call.token_scales, call.tokens,
       call.out_features, call.in_features, plan.tiles, plan.shared_tiles, plan.extra, cluster,
-      plan.clusters, share, static_cast<float4*>(call.workspace), call.signals);
-}
-
-// The layouts, and about how many clocks a stage takes. These constants are fitted to ten weights
-// and six token counts on an H200, where the plan takes 1 % longer than the best layout does.
-struct Candidate {
-  PrefillLayout layout;
-  double clocks;
-};
-constexpr Candidate kCandidates[] = {
-    {{256, 192, 2}, 990}, {{256, 192, 1}, 980}, {{128, 256, 2}, 645}, {{128, 256, 1}, 780},
-    {{128, 128, 2}, 395}, {{128, 128, 1}, 470}, {{128, 64, 2}, 305},  {{128, 64, 1}, 300},
-};
-// To store results; for a sum that is passed on, to write it, and to wait for it and add it.
-constexpr double kTileClocks = 100, kPartClocks = 5000, kAddClocks = 4000;
-constexpr double kExtraClocks = 3300;  // of kPartClocks, which the last part of a tile can work on
-
-// The plan with the least time.
-Plan make_plan(const PrefillCall& call, const Device& device) {
-  const auto divide = [](int n, int by) { return (n + by - 1) / by; };
-  const auto fits = [](int asked, int value) { return asked == 0 || asked == value; };
-  const int chunks = call.in_features / (call.is_fp8 ? 2 * kStep : kStep);
-  Plan best;
-  double least = 0;
-  const auto consider = [&](double clocks, const Plan& plan) {
-    if (best.clusters != 0 && clocks >= least) return;
-    best = plan;
-    least = clocks;
-  };
-  for (const auto& [layout, clocks] : kCandidates) {
-    // With twice the metadata ptxas finds too few registers for its products to overlap.
-    if (call.is_fp8 && layout.rows == 256) continue;
-    if (!fits(call.layout.rows, layout.rows) || !fits(call.layout.tokens, layout.tokens) ||
-        !fits(call.layout.cluster, layout.cluster)) {
-      continue;
-    }
-    const Tiles tiles = {divide(call.out_features, layout.rows * layout.cluster),
-                         divide(call.tokens, layout.tokens)};
-    const int count = tiles.count(), most = std::max(device.multiprocessors / layout.cluster, 1);
-    const double whole = chunks * clocks + kTileClocks;
-    consider(divide(count, most) * whole, {layout, tiles, std::min(count, most), 0});
-    if (call.signals == nullptr || count % most == 0) continue;
-    if (count > most) {
-      const int shared = most + count % most;
-      consider((count / most - 1) * whole + divide(shared * chunks, most) * clocks +
-                   2 * kTileClocks + kPartClocks + kAddClocks,
-               {layout, tiles, most, shared});
-      continue;
-    }
-    for (int parts = 2; parts <= 8 && parts <= chunks; ++parts) {
-      const int clusters = std::min(count * parts, most);
-      const int extra = clusters % count == 0
-                            ? std::min(static_cast<int>(kExtraClocks / clocks), chunks - parts)
-                            : 0;
-      consider(divide(count * chunks, clusters) * clocks + kTileClocks + kPartClocks +
-                   (divide(clusters, count) - 1) * kAddClocks,
-               {layout, tiles, clusters, count, extra});
-      if (clusters == most) break;
-    }
-  }
-  return best;
+      plan.clusters, share, plan.layout.ahead != 0 ? S::kStages : 0,
+      static_cast<float4*>(call.workspace), call.signals);
 }
 
 template <typename T, typename Input>
@@ -562,6 +492,9 @@ const char* launch_layout(const PrefillCall& call, int index, const Device& devi
   const int rows = plan.layout.rows, tokens = plan.layout.tokens;
   if constexpr (!std::is_same_v<Input, Fp8>) {
     if (rows == 256) return launch<Shape<T, 256, 192>>(call, index, device, plan);
+    if (tokens == 96) return launch<Shape<T, 128, 96>>(call, index, device, plan);
+    if (tokens == 160) return launch<Shape<T, 128, 160>>(call, index, device, plan);
+    if (tokens == 192) return launch<Shape<T, 128, 192>>(call, index, device, plan);
   }
   if (tokens == 64) return launch<Shape<T, 128, 64, Input>>(call, index, device, plan);
   if (tokens == 128) return launch<Shape<T, 128, 128, Input>>(call, index, device, plan);

@@ -1,4 +1,4 @@
-"""Which executor a call of `sparse_linear` runs on: by measurement, or else by rule.
+"""Which executor a call of `sparse_linear` runs on: by measurement, or else by prediction.
 
 Five executors compute x W^T + bias: `dense` (cuBLAS on an unpacked weight that is held anyway),
 `cusparselt`, `decode` and `prefill` (our kernels for few and for many tokens, where they were
@@ -12,7 +12,8 @@ used in its place only if it
 That is decided for ranges of token counts, and for the upper end of a range by itself: kernels work
 in tiles of 128 or 256 tokens, which a round count fills and the next one does not, so sparse often
 wins at 4096 tokens and loses at 3073. Two counts stand for those below the end, and the worse of
-them decides. Where nothing was measured, `choose_by_rule` says what runs.
+them decides. Where nothing was measured, `prediction` says what each would take; on a GPU whose
+constants are not known either, a rule that is safe says what runs.
 
 This file is pure: it runs nothing, reads nothing, and is tested without a GPU.
 """
@@ -22,6 +23,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Collection
 from typing import NamedTuple
+
+from proxsparse.backends import prediction
 
 # Upper ends of the ranges of token counts: powers of two, from 128 with a step half-way because the
 # number of tiles, and with it the winner, changes quickly there. 1 is decoding one sequence; more
@@ -34,12 +37,16 @@ EXECUTORS = ("dense", "cusparselt", "decode", "prefill", "unpack")
 MARGIN = 1.03  # measured speed-up that a candidate needs to replace dense
 LIBRARY_CHOICE = -1  # an algorithm id: the library's own default
 
-# Where nothing was measured. On an H200 our kernel for many tokens beats dense from 1024 tokens on,
-# at powers of two, for every shape that was measured but one (512 x 3584, 1024 tokens: 0.84), and
-# in most cells the library's best algorithm. More than 64 tokens both multiply faster than the
-# weight is unpacked.
+# Where nothing was measured and nothing can be predicted. On an H200 and an H100 our kernel for
+# many tokens beats dense from 1024 tokens on, and the one for few up to 64, for every layer of a
+# model of 7 to 70 B parameters that has this many elements; small ones can be slower. More than 64
+# tokens ours and the library multiply faster than the weight is unpacked.
 RULE_BEATS_DENSE_FROM = 1024
+RULE_SMALLEST = 4096 * 4096
 RULE_BEATS_UNPACK_FROM = 65
+# Between these buckets token counts below the end of their range need `margin_between`.
+_BETWEEN = range(65, 2049)
+_TILE = 128
 
 
 class Candidate(NamedTuple):
@@ -134,21 +141,55 @@ class Record(NamedTuple):
         return self.top if tokens >= find_bucket(tokens) else self.interior
 
 
+def count_tiles(tokens: int) -> int:
+    """Tiles of 128 tokens up to 2048 tokens, from there 0: a prediction is one for as many."""
+    return -(-tokens // _TILE) if tokens <= _BETWEEN[-1] else 0
+
+
+def range_of(tokens: int) -> tuple[int, bool, int]:
+    """What token counts that are decided together have in common.
+
+    The index of their bucket, whether they are its end, and their tiles.
+    """
+    return bisect.bisect_left(BUCKETS, tokens), tokens in BUCKETS, count_tiles(tokens)
+
+
+# The lowest token count of each range; above the last bucket there is one more.
+RANGE_STARTS = sorted(
+    {1, *BUCKETS, *(count + 1 for count in BUCKETS), *range(1, _BETWEEN[-1], _TILE)}
+)
+
+
 def find_bucket(tokens: int) -> int:
     """The bucket of a token count of at least 1; the last one for those above it."""
     return BUCKETS[min(bisect.bisect_left(BUCKETS, tokens), len(BUCKETS) - 1)]
 
 
-def choose(record: Record | None, tokens: int, available: Collection[str]) -> Candidate:
+class Choice(NamedTuple):
+    """What a call runs on, and why, in words for the log."""
+
+    candidate: Candidate
+    reason: str
+
+
+def choose(
+    record: Record | None,
+    tokens: int,
+    available: Collection[str],
+    cell: Cell | None = None,
+    constants: prediction.Constants | None = None,
+) -> Choice:
     """What a call runs on.
 
-    The answer is the same for all token counts between two buckets, and for those above the last
+    The answer is the same for all token counts of one `range_of`, and for those above the last
     bucket the same as at the last bucket.
 
     Args:
         record: measurements of its cell, if there are any.
         tokens: of the call.
         available: executors whose form of the weight is at hand; `unpack` always is.
+        cell: of the call, for a prediction where there is no record.
+        constants: of the GPU's model, if there are any.
 
     Returns:
         With the dense weight at hand, the fastest candidate that is faster than it by MARGIN, or
@@ -158,34 +199,80 @@ def choose(record: Record | None, tokens: int, available: Collection[str]) -> Ca
     timings = [timing for name, timing in measured.items() if name in available]
     if "dense" in available:
         if record is None:
-            return choose_by_rule(tokens, available)
+            return choose_unmeasured(tokens, available, cell, constants)
         timings = [timing for timing in timings if timing.is_faster_than_dense]
         if not timings:
-            return Candidate("dense")
+            return Choice(Candidate("dense"), "measured: nothing is faster")
     elif not timings:
-        return choose_by_rule(tokens, available)
-    return max(timings, key=lambda timing: timing.speedup).candidate
+        return choose_unmeasured(tokens, available, cell, constants)
+    best = max(timings, key=lambda timing: timing.speedup)
+    return Choice(best.candidate, f"measured: {best.speedup:.2f} times as fast as dense")
 
 
-def choose_by_rule(tokens: int, available: Collection[str]) -> Candidate:
-    """What runs where nothing was measured: see the constants above for why.
+def predict_speedups(
+    cell: Cell, tokens: int, available: Collection[str], constants: prediction.Constants
+) -> dict[str, float]:
+    """Executor -> predicted speed-up over dense, for those available that have a model.
 
-    From 1024 tokens on our kernel for many, where it is available, or else cuSPARSELt with its
-    default algorithm; with fewer the kernel for few tokens, or dense, if the dense weight is held.
-    If it is not, the kernel for many or else cuSPARSELt from 65 tokens on, and the weight unpacked
-    for the call where nothing else can run.
-
-    This promises nothing: both may lose to dense for narrow layers, and for token counts that are
-    no multiples of 128, above all the smaller ones. Tuning finds out.
+    As for measurements, the worst of the counts that stand for a range decides below its end, but
+    where a range has several tiles of tokens: there the lowest count of as many tiles does.
     """
-    has_dense = "dense" in available
-    sparse_from = RULE_BEATS_DENSE_FROM if has_dense else RULE_BEATS_UNPACK_FROM
-    for name in ("prefill", "cusparselt") if tokens >= sparse_from else ():
-        if name in available:
-            return Candidate(name)
-    if "decode" in available:
-        return Candidate("decode")
-    return Candidate("dense" if has_dense else "unpack")
+    counts = (cell.bucket,) if tokens >= cell.bucket else cell.interior
+    if tokens < cell.bucket and cell.bucket in _BETWEEN:
+        counts = (max(cell.lowest, count_tiles(tokens) * _TILE - _TILE + 1),)
+    return {
+        name: prediction.predicted_speedup(name, cell.n, cell.k, counts, constants)
+        for name in prediction.EXECUTORS
+        if name in available and name != "dense"
+    }
 
 
-# -- measuring
+def choose_unmeasured(
+    tokens: int,
+    available: Collection[str],
+    cell: Cell | None,
+    constants: prediction.Constants | None,
+) -> Choice:
+    """What runs where nothing was measured.
+
+    By prediction, where the GPU's constants are known and something like the layer was measured for
+    them: a kernel of ours replaces dense if it is predicted to win by the margin that made up for
+    wrong predictions when models were held out. A layer smaller than that, or one nobody can say
+    anything of, runs dense while the dense weight is held.
+    """
+    if cell is None or constants is None:
+        return choose_by_rule(tokens, available, cell)
+    speedups = predict_speedups(cell, tokens, available, constants)
+    if not speedups:
+        return choose_by_rule(tokens, available, cell)
+    best = max(speedups, key=lambda name: speedups[name])
+    reason = f"predicted: {best} {speedups[best]:.2f} times as fast as dense"
+    if "dense" not in available:
+        return Choice(Candidate(best), reason)
+    if not constants.covers(cell.n, cell.k):
+        return Choice(Candidate("dense"), "nothing as small was measured on this GPU")
+    is_between = tokens < cell.bucket and cell.bucket in _BETWEEN
+    margin = constants.margin_between if is_between else constants.margin
+    if speedups[best] < margin:
+        return Choice(Candidate("dense"), f"{reason}, and {margin:.2f} is asked of a prediction")
+    return Choice(Candidate(best), reason)
+
+
+def choose_by_rule(tokens: int, available: Collection[str], cell: Cell | None) -> Choice:
+    """What runs where nothing was measured or predicted: see the constants above for why.
+
+    With the dense weight at hand, dense, but for large layers: from 1024 tokens on our kernel for
+    many, where it is available, and up to 64 the one for few. Without it the kernel for many or
+    else cuSPARSELt with its default algorithm from 65 tokens on, with fewer the kernel for few, and
+    the weight unpacked for the call where nothing else can run.
+    """
+    reason = "by rule: neither measured nor predicted on this GPU"
+    names = ["decode"]
+    if "dense" in available:
+        is_large = cell is not None and cell.n * cell.k >= RULE_SMALLEST
+        names = [] if not is_large else ["prefill"] if tokens >= RULE_BEATS_DENSE_FROM else names
+        names.append("dense")
+    elif tokens >= RULE_BEATS_UNPACK_FROM:
+        names = ["prefill", "cusparselt", "decode"]
+    name = next((name for name in names if name in available), "unpack")
+    return Choice(Candidate(name), reason)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxsparse.backends import choice, cusparselt, table
+from proxsparse.backends import choice, cusparselt, prediction, table
 from proxsparse.backends.cusparselt import extension as _cuda
 from proxsparse.backends.executors import RUNS, Decode, Kernel, Run, executor, is_right
 from proxsparse.backends.fp8 import sparse_linear_fp8_cuda
@@ -43,6 +43,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+# `choice.range_of` where it counts tiles: a look-up takes less time than asking.
+_RANGES = tuple(map(choice.range_of, range(2049)))
 _BUCKETS = frozenset(choice.BUCKETS)
 
 
@@ -158,8 +160,9 @@ def find_run(
     # What must agree but differs is a key of its own, and refused when it is first seen.
     key = (
         *(x.get_device(), x.dtype, values.dtype, n, half),
-        bisect.bisect_left(choice.BUCKETS, tokens),
-        tokens in _BUCKETS,  # the end of a range is decided by itself
+        _RANGES[tokens]
+        if tokens < len(_RANGES)
+        else (bisect.bisect_left(choice.BUCKETS, tokens), tokens in _BUCKETS),
         None if bias is None else bias.dtype,
         None if compressed is None else compressed.get_device(),
         None if dense is None else dense.dtype,
@@ -182,7 +185,7 @@ def decide_every_count(
     """See `ops.decide_sparse_linear`."""
     row = values.new_empty(1, 2 * values.shape[1])
     with torch.cuda.device(values.device):
-        for tokens in {*_BUCKETS, *(top + 1 for top in _BUCKETS)}:
+        for tokens in choice.RANGE_STARTS:
             find_run(row.expand(tokens, -1), values, codes, bias, compressed, None)
 
 
@@ -204,8 +207,10 @@ def _decide(
             )
     n, k = values.shape[0], 2 * values.shape[1]
     available = {name for name in RUNS if name != "dense" or dense is not None}
-    record = None
+    record = constants = None
     bucket = choice.find_bucket(tokens)
+    name = str(x.dtype).removeprefix("torch.")
+    cell = choice.Cell(n, k, bucket, name, bias is not None)
     if not can_decode(k, bucket, x.dtype, device) and is_right("decode", device):
         available.add("decode")
     if not can_prefill(n, k, bucket, x.dtype, device) and is_right("prefill", device):
@@ -219,12 +224,23 @@ def _decide(
         available.add("cusparselt")
     if x.dtype in CODES and not isinstance(cusparselt.find_library(), str):
         _warn_of_version(device)
-        name = str(x.dtype).removeprefix("torch.")
-        cell = choice.Cell(n, k, bucket, name, bias is not None)
-        record = table.table_for(device).get(cell)
-    if record is None and dense is not None and bucket > _decode_beats_dense_up_to(device):
+        known = table.table_for(device)
+        record, constants = known.get(cell), known.constants
+    elif x.dtype in CODES:
+        constants = _constants(device)
+    is_predicted = constants is not None and _cuda.has_kernels
+    is_unseen = record is None and dense is not None and not is_predicted
+    if is_unseen and bucket > _decode_beats_dense_up_to(device):
         available.discard("decode")
-    return executor(choice.choose(record, tokens, available), device, x.dtype, n, k, bias)
+    chosen = choice.choose(record, tokens, available, cell, constants)
+    _log.info("%s runs on %s (%s)", cell, *chosen)
+    return executor(chosen.candidate, device, x.dtype, n, k, bias)
+
+
+@functools.cache
+def _constants(device: int) -> prediction.Constants | None:
+    """Those of the GPU's model where cuSPARSELt, and with it the table, is absent."""
+    return table.shipped_constants(torch.cuda.get_device_name(device))
 
 
 @functools.cache

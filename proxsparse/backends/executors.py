@@ -32,12 +32,19 @@ DECODE_LAYOUTS = tuple(
     for rows, depth in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 2), (256, 1))
     for splits in (1, 2, 4, 8)
 )
-# Rows and tokens of a tile, blocks that share tokens; see csrc/cuda/sparse_linear_prefill.h.
-PREFILL_LAYOUTS = tuple(
-    (rows, tokens, cluster)
-    for rows, tokens in ((256, 192), (128, 256), (128, 128), (128, 64))
-    for cluster in (1, 2)
+# Rows and tokens of a tile, blocks that share tokens, whether the weight is fetched ahead; see
+# csrc/cuda/sparse_linear_prefill.h. Those behind the first eight are for 65 to some 1000 tokens,
+# and not tuned with: no GPU has timed them yet.
+PREFILL_LAYOUTS = (
+    *(
+        (rows, tokens, cluster, 0)
+        for rows, tokens in ((256, 192), (128, 256), (128, 128), (128, 64))
+        for cluster in (1, 2)
+    ),
+    *((128, tokens, cluster, 0) for tokens in (96, 160, 192) for cluster in (1, 2)),
+    *((128, tokens, cluster, 1) for tokens in (64, 96, 128, 160, 192, 256) for cluster in (1, 2)),
 )
+NUM_TUNED_PREFILL_LAYOUTS = 8
 # x, values, codes, bias, compressed, dense -> result
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
@@ -62,8 +69,8 @@ def executor(
         layout = (0, 0, 0) if candidate.algorithm < 0 else DECODE_LAYOUTS[candidate.algorithm]
         return Decode(layout, device, dtype, n, k)
     if candidate.executor == "prefill":
-        layout = (0, 0, 0) if candidate.algorithm < 0 else PREFILL_LAYOUTS[candidate.algorithm]
-        return Prefill(layout, device, dtype, n, k)
+        tile = (0, 0, 0, 0) if candidate.algorithm < 0 else PREFILL_LAYOUTS[candidate.algorithm]
+        return Prefill(tile, device, dtype, n, k)
     return RUNS[candidate.executor]
 
 
@@ -204,7 +211,7 @@ class Prefill(Kernel):
     """Calls the kernel for many tokens."""
 
     def __init__(
-        self, layout: tuple[int, int, int], device: int, dtype: torch.dtype, n: int, k: int
+        self, layout: tuple[int, int, int, int], device: int, dtype: torch.dtype, n: int, k: int
     ) -> None:
         super().__init__(device, n, k)
         self._queue = _cuda.Prefill(CODES[dtype], n, k, *layout)

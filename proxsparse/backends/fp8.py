@@ -227,7 +227,7 @@ class Fp8Prefill(Fp8Kernel):
 
     def __init__(self, device: int, dtype: torch.dtype, n: int, k: int, layout: int) -> None:
         super().__init__(device, dtype, n)
-        chosen = (0, 0, 0) if layout < 0 else PREFILL_LAYOUTS[layout]
+        chosen = (0, 0, 0) if layout < 0 else PREFILL_LAYOUTS[layout][:3]
         self._queue = _cuda.PrefillFp8(CODES[dtype], n, k, *chosen)
 
     def _launch(self, *operands: int) -> None:

@@ -26,7 +26,9 @@ from proxsparse.backends.choice import (
     Timing,
     choose,
     find_bucket,
+    predict_speedups,
 )
+from proxsparse.backends.prediction import Constants
 from proxsparse.errors import ProxsparseError
 
 _FORMAT = 2  # of the table files
@@ -41,6 +43,26 @@ def cache_directory() -> Path:
     return Path(base).expanduser() / "proxsparse"
 
 
+def _slug(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def shipped_constants(gpu: str, library: str = "") -> Constants | None:
+    """The constants of the GPU's model, from the tables that ship; None where there are none.
+
+    They do not depend on the library, but for which of its algorithms are worth a try: those of
+    its own table come first.
+    """
+    tables = Path(__file__).with_name("tables")
+    paths = sorted(tables.glob(f"{_slug(gpu)}-cusparselt-*.json"))
+    paths.sort(key=lambda path: not path.stem.endswith(f"-{library}"))
+    for path in paths:
+        entry = json.loads(path.read_text(encoding="utf-8")).get("model")
+        if entry is not None:
+            return Constants.parse(entry)
+    return None
+
+
 class Table:
     """Records by cell, and bans by dtype, for one GPU model and one cuSPARSELt version.
 
@@ -51,12 +73,13 @@ class Table:
         gpu: the GPU's name.
         library: version of cuSPARSELt.
         path: the user's file.
+        constants: of the GPU's model of executors' times, or None where no table ships any.
     """
 
     def __init__(self, gpu: str, library: str) -> None:
         self.gpu, self.library = gpu, library
-        slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-        name = f"{slug}-cusparselt-{library}.json"
+        self.constants = shipped_constants(gpu, library)
+        name = f"{_slug(gpu)}-cusparselt-{library}.json"
         self.path = cache_directory() / name
         self._records: dict[str, Record] = {}
         self._banned: dict[str, str] = {}
@@ -145,6 +168,11 @@ def _read_table(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
         return {}, {}
 
 
+def read_records(path: Path) -> dict[str, Record]:
+    """The records of a table file by cell; none, with a warning, of one that is damaged."""
+    return _read_table(path)[0]
+
+
 def _record_json(record: Record) -> dict[str, Any]:
     def best(timings: dict[str, Timing]) -> dict[str, Any]:
         return {
@@ -211,13 +239,38 @@ def known_speedups(
         record = table.get(Cell(n, k, find_bucket(count), name, has_bias))
         if record is None:
             continue
-        chosen = choose(record, count, available)
+        chosen = choose(record, count, available).candidate
         timing = record.timings(count).get(chosen.executor)
         if chosen.executor == "dense":
             known[count] = 1.0
         elif timing is not None:
             known[count] = timing.speedup
     return known
+
+
+def predicted_speedups(
+    table: Table,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    tokens: Iterable[int],
+    available: Collection[str],
+) -> dict[int, float]:
+    """Token count -> speed-up over dense that would be predicted, had nothing been measured.
+
+    1 where it would run dense; empty on a GPU without constants. Arguments as above.
+    """
+    if table.constants is None:
+        return {}
+    name = str(dtype).removeprefix("torch.")
+    predicted = {}
+    for count in tokens:
+        cell = Cell(n, k, find_bucket(count), name, has_bias)
+        chosen = choose(None, count, available, cell, table.constants).candidate.executor
+        speedups = predict_speedups(cell, count, available, table.constants)
+        predicted[count] = speedups.get(chosen, 1.0)
+    return predicted
 
 
 # What the backend has decided, by its own keys; emptied when a table changes, and the revision

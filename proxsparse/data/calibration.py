@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from proxsparse.config import CalibrationConfig
 from proxsparse.data.self_sampling import sample_texts
@@ -27,8 +26,10 @@ from proxsparse.data.sources import only_text, open_source, refuse_unused
 from proxsparse.data.tokenizing import added_prefix, tokenize_documents, with_prefix
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.positions import check_positions, text_config
+from proxsparse.progress import Progress
 
 _STREAM_SLACK = 2  # a stream is read until it gave this many times the tokens needed
+_HELD_OUT_TOKENS = 16384  # at most, and one block at least; some seconds of a forward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Calibration:
         fingerprint: SHA-256 of `tokens` as little-endian int64, in hex.
         prefix: the tokens that begin each block because the tokenizer puts them before every text;
             they count in `tokens`, and not in `num_available_tokens`.
+        held_out: int64 [H, L] blocks of the same source that are not among `tokens`, to measure
+            on; None where there are none left.
     """
 
     tokens: Tensor
@@ -51,6 +54,7 @@ class Calibration:
     num_available_tokens: int
     fingerprint: str
     prefix: tuple[str, ...] = ()
+    held_out: Tensor | None = None
 
 
 def load_calibration(
@@ -133,8 +137,11 @@ def load_calibration(
             f"--num-calibration-samples {blocks.shape[0]}"
         )
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = torch.randperm(blocks.shape[0], generator=generator)[:num_samples]
-    return _calibration(blocks[drawn], text.source, tokens.numel(), tokenizer, prefix)
+    order = torch.randperm(blocks.shape[0], generator=generator)
+    drawn, others = order[:num_samples], order[num_samples:]
+    others = others[: max(1, _HELD_OUT_TOKENS // length)]
+    found = _calibration(blocks[drawn], text.source, tokens.numel(), tokenizer, prefix)
+    return dataclasses.replace(found, held_out=blocks[others] if len(others) else None)
 
 
 def _calibration(
@@ -149,7 +156,7 @@ def _calibration(
 def _concatenate(parts: Iterable[Tensor], limit: int | None) -> Tensor:
     """All parts in one tensor [T]; reads no further once `limit` tokens are there."""
     kept, total = [torch.empty(0, dtype=torch.int64)], 0
-    with tqdm(desc="calibration text", unit="token", disable=None, leave=False) as bar:
+    with Progress("calibration text", unit="token") as bar:
         for part in parts:
             kept.append(part)
             total += part.numel()

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from proxsparse.data.tokenizing import added_prefix, check_room
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.positions import text_config
 from proxsparse.models.precision import autocast
+from proxsparse.progress import Progress
 
 _SAMPLING_TOKENS = 32768  # tokens per batch sampled from a model: bounds its key-value cache
 
@@ -43,17 +43,16 @@ def sample_texts(
     model.eval()
     blocks = []
     total = num_samples * (length - max(1, len(begin_with)))
-    bar = tqdm(total=total, desc="sampling", unit="token", disable=None, leave=False)
     try:
-        for begin in range(0, num_samples, per_batch):
-            count = min(per_batch, num_samples - begin)
-            if begin_with:
-                first = torch.tensor(begin_with, device=device).expand(count, -1)
-            else:
-                first = torch.randint(size, (count, 1), generator=generator, device=device)
-            blocks.append(_continue(model, first, length, generator, bar.update).cpu())
+        with Progress("sampling", total, unit="token") as bar:
+            for begin in range(0, num_samples, per_batch):
+                count = min(per_batch, num_samples - begin)
+                if begin_with:
+                    first = torch.tensor(begin_with, device=device).expand(count, -1)
+                else:
+                    first = torch.randint(size, (count, 1), generator=generator, device=device)
+                blocks.append(_continue(model, first, length, generator, bar.update).cpu())
     finally:
-        bar.close()
         model.train(was_training)
     return torch.cat(blocks)
 

@@ -101,18 +101,36 @@ def _format(path: Path) -> str:
 
 
 def read_documents(
-    path: str | os.PathLike[str], tokenizer: Any, wanted: str | None = None
+    source: str | os.PathLike[str],
+    tokenizer: Any,
+    wanted: str | None = None,
+    *,
+    split: str | None = None,
+    most_characters: int | None = None,
 ) -> list[str]:
-    """The documents of a file or folder, without blank ones.
+    """The documents of a file, a folder or a dataset on the Hub, without blank ones.
+
+    Args:
+        source: a path, or a name as for calibration.
+        tokenizer: renders conversations.
+        wanted: the column of a table that holds the text.
+        split: of a dataset on the Hub.
+        most_characters: where to stop reading what streams.
 
     Raises:
         ProxsparseError: there is none, it cannot be read, or it holds no text.
     """
-    text = open_source(Path(path), CalibrationConfig(text_column=wanted))
-    documents = list(only_text(text.documents, text.source, tokenizer))
+    name = source if isinstance(source, str) else Path(source)
+    text = open_source(name, CalibrationConfig(text_column=wanted, split=split))
+    documents, size = [], 0
+    for document in only_text(text.documents, text.source, tokenizer):
+        documents.append(document)
+        size += len(document)
+        if text.is_stream and most_characters is not None and size >= most_characters:
+            break
     if not documents:
-        raise ProxsparseError(f"{path} is empty or blank: it holds no text")
-    return documents
+        raise ProxsparseError(f"{source} is empty or blank: it holds no text")
+    return ["".join(documents)] if text.is_one_document else documents
 
 
 def open_source(source: Any, config: CalibrationConfig) -> _Text:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from proxsparse.data.windows import WINDOW_CHARACTERS, encode_in_windows
 from proxsparse.errors import ProxsparseError
+from proxsparse.progress import Progress
 
 _BATCH_CHARACTERS = 1 << 20  # per tokenizer call, which holds about 200 bytes for each
 _PIECE_CHARACTERS = 1 << 15  # longer texts are cut, so that all cores work on one text
@@ -49,7 +49,7 @@ def tokenize_text(text: str, tokenizer: Any) -> Tensor:
         ProxsparseError: the text holds a lone surrogate, which no tokenizer takes.
     """
     parts: list[Tensor] = []
-    with tqdm(total=len(text), desc="tokenising", unit="char", disable=None, leave=False) as bar:
+    with Progress("tokenising", len(text), unit="char") as bar:
         for batch in batches(_pieces(text, tokenizer), lambda piece: len(piece[0])):
             texts, num_context = zip(*batch, strict=True)
             if len(texts) == 1 and len(texts[0]) > WINDOW_CHARACTERS:

@@ -180,6 +180,11 @@ class PackedQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Transformers' Trainer may train the other parameters without adapters."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         """The layers trace into one graph."""
         return True

@@ -62,7 +62,8 @@ def advise(
     Returns:
         {"device", "measured": whether speed-ups were, "dtype", "tokens",
         "shapes": one row per shape, {shape, layers: how many, dense_bytes and packed_bytes of one,
-        byte_limit: {tokens: x}, operation_limit: x, speedup: {tokens: x} or None},
+        byte_limit: {tokens: x}, operation_limit: x, speedup: {tokens: x} or None, predicted: the
+        same as it would be expected unmeasured, empty on a GPU that nothing is known of, or None},
         "model": the same for all layers and what stays dense, {dense_bytes, packed_bytes,
         byte_limit: x for weights alone, operation_limit: x, speedup},
         "alternatives": other forms of the same layers, name -> {bytes, byte_limit, operation_limit}
@@ -111,6 +112,7 @@ def advise(
             "byte_limit": {m: (dense + t) / (packed + t) for m, t in traffic.items()},
             "operation_limit": OPERATION_LIMIT,
             "speedup": {m: a / b for m, (a, b) in times[n, k].items()} if measured else None,
+            "predicted": _predict(n, k, tokens, dtype, where) if measured else None,
         }
         rows.append(row)
     rest = _parameters_left(skeleton, [target.parameter for target in layers])
@@ -157,6 +159,17 @@ def _tune(
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     return tune.tune_layers(layers, tokens, dtype=dtype, device=index, seconds=_TUNING_SECONDS)
+
+
+def _predict(
+    n: int, k: int, tokens: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> dict[int, float]:
+    """Token count -> predicted speed-up over dense of a layer that holds its dense weight too."""
+    if ops.can_compress(n, k, dtype):
+        return {}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    forms = ("dense", "decode", "prefill", "cusparselt", "unpack")
+    return ops.predicted_speedups(index, n, k, dtype, False, tokens, forms)
 
 
 def measure(

@@ -5,7 +5,9 @@ The jobs make the same checks; the command line makes them first.
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +106,57 @@ def check_file(path: str, what: str, *, or_directory: bool = False) -> None:
     found = Path(path).expanduser()
     if not (found.is_file() or (or_directory and found.is_dir())):
         raise ProxsparseError(f"there is no {what} {path}: give the path of an existing file")
+
+
+def check_text(name: str) -> None:
+    """A text to measure on, by path or name.
+
+    Raises:
+        ProxsparseError: neither a file or folder nor a name that a dataset could have.
+    """
+    is_name = name in ("stdlib", "wikitext2", "c4", "self") or (
+        name.count("/") == 1 and not looks_like_path(name) and not Path(name).suffix
+    )
+    if not is_name:
+        check_file(name, "text", or_directory=True)
+
+
+def read_settings(path: str, flags: Collection[str]) -> dict[str, Any]:
+    """The values of a command's flags that a file gives.
+
+    Args:
+        path: YAML or JSON, a mapping of flags without their dashes; or a `proxsparse.json`, of
+            which the recipe counts.
+        flags: names of the command's flags, with underscores.
+
+    Returns:
+        Flag, with underscores -> value; those that are null are left out.
+
+    Raises:
+        ProxsparseError: no such file, no mapping, or a key that is no flag.
+    """
+    check_file(path, "file of settings")
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ProxsparseError(f"{path} cannot be read as YAML or JSON: {reason}") from error
+    if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+        values = values["recipe"]
+    if not isinstance(values, dict):
+        raise ProxsparseError(f"{path} holds no mapping: write one flag a line, such as steps: 200")
+    found = {}
+    for key, value in values.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in flags:
+            close = difflib.get_close_matches(name, sorted(flags), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(flags))}"
+            raise ProxsparseError(f"{path} sets {key!r}, which is no flag of this command: {hint}")
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def check_output(output: str | os.PathLike[str], *, resume: bool = False) -> None:

@@ -134,7 +134,8 @@ def _compare(
         console.print(f"\n{name} continues the prompt:", style="bold", highlight=False)
         console.print(sample, highlight=False, markup=False)
     if partial is not None:
-        _write(partial, base, targets, runs, results, _recipe("gates", quick))
+        recipe = _recipe("gates", quick).for_model(base.model)
+        _write(partial, base, targets, runs, results, recipe, blocks.numel())
     return {"results": results, "generated": generated}
 
 
@@ -145,6 +146,7 @@ def _write(
     runs: dict[str, tuple[Masks, list[dict[str, float]]]],
     results: dict[str, dict[str, float]],
     recipe: Recipe,
+    num_tokens: int,
 ) -> None:
     """The model pruned by gates, its masks, and the figure."""
     from proxsparse.jobs.plots import plot_comparison
@@ -162,13 +164,19 @@ def _write(
         weights_updated=False,
         results=results,
     )
+    report["quality"] = {
+        "perplexity": results["gates"]["perplexity"],
+        "perplexity_dense": results["dense"]["perplexity"],
+        "tokens": num_tokens,
+        "source": "held-out modules of Python's library",
+    }
     apply_masks_(base.model, masks)
     plot_comparison(
         {name: figures["perplexity"] for name, figures in results.items()},
         {name: run[1] for name, run in runs.items() if run[1]},
         directory / "comparison.png",
     )
-    write_result(directory, base, masks, report, history)
+    write_result(directory, base, masks, report, history, dense_loss=0.0)
 
 
 def _generate(base: LoadedModel) -> str:

@@ -10,25 +10,16 @@ only.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from proxsparse.data.tokenizing import (
-    added_prefix,
-    to_blocks,
-    tokenize_documents,
-    tokenize_text,
-    with_prefix,
-)
+from proxsparse.data.tokenizing import added_prefix, to_blocks, tokenize_text, with_prefix
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.loading import LoadedModel
 from proxsparse.models.positions import check_positions
 from proxsparse.models.precision import autocast, eval_mode
+from proxsparse.progress import progress
 
 
 @torch.no_grad()
@@ -71,7 +62,7 @@ def evaluate_perplexity(
         )
     first = max(1, len(prefix))
     total = _sum_losses(model, blocks, blocks[:, first:], first - 1, batch_size)
-    return _exp(total / (blocks.shape[0] * (blocks.shape[1] - first)))
+    return bounded_exp(total / (blocks.shape[0] * (blocks.shape[1] - first)))
 
 
 @torch.no_grad()
@@ -136,7 +127,7 @@ def _sum_losses(
     num_batches = -(-len(inputs) // batch_size)
     total = 0.0
     with eval_mode(model):
-        bar = tqdm(pairs, "perplexity", num_batches, disable=None, leave=False)
+        bar = progress(pairs, "perplexity", "batch", total=num_batches)
         for i, (x, y) in enumerate(bar):
             if y.numel() == 0:  # PyTorch splits nothing into one empty part
                 continue
@@ -154,131 +145,11 @@ def _sum_losses(
     return total
 
 
-def _exp(x: float) -> float:
+def bounded_exp(x: float) -> float:
+    """The exponential of x, finite also where a ruined model makes x huge."""
     return math.exp(min(x, 700.0))
-
-
-def evaluate_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:
-    """Zero-shot results of lm-eval's tasks, as lm-eval names them.
-
-    Raises:
-        ProxsparseError: lm-eval is not installed.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ProxsparseError(
-            f"--tasks needs lm-eval: pip install 'proxsparse[eval]' ({error})"
-        ) from error
-    results = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))
-    return dict(results["results"])
 
 
 def remaining_loss(perplexity: float, dense: float, wanda: float) -> float:
     """The share of Wanda's loss in log-perplexity that remains; 0 is as good as dense."""
     return math.log(perplexity / dense) / math.log(wanda / dense)
-
-
-def evaluate_model(
-    model: str,
-    data: str | None,
-    tasks: Sequence[str],
-    *,
-    max_seq_length: int = 512,
-    batch_size: int = 8,
-    device: str = "auto",
-    rolling: bool = False,
-    text_column: str | None = None,
-) -> dict[str, Any]:
-    """Perplexity and task results of a model on disk or on the Hub.
-
-    Args:
-        model: directory or Hub name.
-        data: a file or folder as for calibration, "stdlib" for the held-out modules of Python's
-            library, or None.
-        tasks: names of lm-eval tasks.
-        max_seq_length: tokens per block.
-        batch_size: blocks per forward pass.
-        device: "auto" or a torch device.
-        rolling: whether to score as lm-eval does, see `rolling_log_likelihood`.
-        text_column: column that holds the text of a table.
-
-    Returns:
-        {"perplexity", "tokens": text tokens read, "prefix": tokens put before each block} when data
-        was given, {"tasks"} when tasks were. With `rolling` perplexity is of a token, and
-        {"word_perplexity", "byte_perplexity", "bits_per_byte"} are lm-eval's figures.
-
-    Raises:
-        ProxsparseError: neither data nor tasks, or unreadable ones.
-    """
-    from proxsparse.models.loading import build_model, load_model, resolve_device
-
-    if data is None and not tasks:
-        raise ProxsparseError(
-            "nothing to evaluate: give --data FILE, --data stdlib or --tasks NAME"
-        )
-    where = resolve_device(device)
-    if data is not None:  # known from the config, before weights are read
-        skeleton = build_model(model, torch.device("meta"))
-        check_positions(skeleton, max_seq_length, f"--max-seq-length is {max_seq_length}")
-    loaded = load_model(model, where)
-    result: dict[str, Any] = {}
-    if data is not None:
-        texts = _read(data, loaded.tokenizer, text_column)
-        score = _score_rolling if rolling else _score_blocks
-        result |= score(loaded, texts, max_seq_length, batch_size)
-    if tasks:
-        result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, tasks)
-    return result
-
-
-def _read(data: str, tokenizer: Any, text_column: str | None) -> list[str]:
-    """The documents of a file or folder; of the standard library one."""
-    from proxsparse.data.corpus import stdlib_texts
-    from proxsparse.data.sources import read_documents
-
-    if data == "stdlib":
-        return ["\n".join(content for _, content in stdlib_texts("heldout"))]
-    return read_documents(data, tokenizer, text_column)
-
-
-def _score_blocks(
-    loaded: LoadedModel, texts: list[str], max_seq_length: int, batch_size: int
-) -> dict[str, Any]:
-    tokenizer = loaded.tokenizer
-    tokens = torch.cat(list(tokenize_documents(texts, tokenizer, tokenizer.eos_token_id)))
-    perplexity = evaluate_perplexity(
-        loaded.model, tokens, tokenizer, max_seq_length=max_seq_length, batch_size=batch_size
-    )
-    prefix = added_prefix(tokenizer)
-    room = max_seq_length - len(prefix)
-    return {
-        "perplexity": perplexity,
-        "tokens": tokens.numel() // room * room,
-        "prefix": tokenizer.convert_ids_to_tokens(prefix),
-    }
-
-
-def _score_rolling(
-    loaded: LoadedModel, texts: list[str], max_seq_length: int, batch_size: int
-) -> dict[str, Any]:
-    tokenizer = loaded.tokenizer
-    total, num_tokens = 0.0, 0
-    prefix = added_prefix(tokenizer)
-    for text in texts:
-        tokens = tokenize_text(text, tokenizer)
-        num_tokens += len(prefix) + tokens.numel()
-        total -= rolling_log_likelihood(
-            loaded.model, tokens, tokenizer, max_seq_length=max_seq_length, batch_size=batch_size
-        )
-    num_words = sum(len(re.split(r"\s+", text)) for text in texts)
-    num_bytes = sum(len(text.encode()) for text in texts)
-    return {
-        "perplexity": _exp(total / num_tokens),
-        "word_perplexity": _exp(total / num_words),
-        "byte_perplexity": _exp(total / num_bytes),
-        "bits_per_byte": total / num_bytes / math.log(2),
-        "tokens": num_tokens,
-        "prefix": tokenizer.convert_ids_to_tokens(prefix),
-    }

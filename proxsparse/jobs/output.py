@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from proxsparse.errors import ProxsparseError
+from proxsparse.jobs.card import write_card
 from proxsparse.jobs.checks import (
     MARKER,
     check_output,
@@ -300,9 +301,10 @@ def write_result(
     masks: Masks,
     report: dict[str, Any],
     history: list[dict[str, float]],
+    dense_loss: float | None = None,
     fp8_entry: dict[str, Any] | None = None,
 ) -> None:
-    """Write a pruned model, its masks, its report and its training plot into `directory`.
+    """Write a pruned model, its masks, report, card and training plot into `directory`.
 
     The rest of the checkpoint that the model was read from comes along bitwise. One that was made
     (`random_init`, GGUF) is written as transformers has it. With an entry that says FP8_DYNAMIC,
@@ -311,8 +313,10 @@ def write_result(
     """
     if base.is_made:
         save_model(base.model, base.tokenizer, directory)
+        write_card(directory, report, directory)
     else:
         files = open_checkpoint(base.id, base.revision)
+        write_card(directory, report, files.directory)
         places = FileTargets(base.model, targets_of(base.model, masks), files)
         change = places.masking(masks, in_fp8=fp8_entry is not None)
         write_checkpoint(files, directory, change, quantization_config=fp8_entry)
@@ -320,5 +324,6 @@ def write_result(
     if history:
         from proxsparse.jobs.plots import plot_training
 
-        plot_training(history, directory / "training.png")
+        title = f"{Path(base.id).name}, {report['recipe'].get('method', '')}"
+        plot_training(history, directory / "training.png", title, dense_loss)
     write_report(directory, report)

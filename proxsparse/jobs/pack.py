@@ -20,6 +20,7 @@ from proxsparse.config import check_scheme
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.sparse_linear import FORMS, FP8_FORMS, SparseLinear, sparse_layers
 from proxsparse.inference.sparsify import densify_, sparsify_
+from proxsparse.jobs.card import write_card
 from proxsparse.jobs.output import (
     check_output_fits,
     output_directory,
@@ -235,5 +236,9 @@ def _write(
     """Write the checkpoint with its tensors changed, and the report that lay beside it."""
     files = open_checkpoint(loaded.id, loaded.revision)
     check_output_fits(directory, loaded.model)
-    write_report(directory, stored_report(read_report(files.directory), storage, **fields))
+    before = read_report(files.directory)
+    report = stored_report(before, storage, **fields)
+    write_report(directory, report)
+    if before is not None:  # else the card that lies there tells more than we know
+        write_card(directory, report, files.directory, is_same_model=True)
     write_checkpoint(files, directory, change, quantization_config=entry, with_ours=True)

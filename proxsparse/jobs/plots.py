@@ -27,11 +27,36 @@ def _draw_share(axis: Any, history: Sequence[Mapping[str, float]], label: str, c
     axis.title.set_size(9)
 
 
-def plot_training(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Loss and share of 2:4 groups over the steps, as a PNG."""
+def plot_training(
+    history: Sequence[Mapping[str, float]],
+    path: Path,
+    title: str = "",
+    dense_loss: float | None = None,
+) -> None:
+    """Loss and share of 2:4 groups over the steps, as a PNG.
+
+    Args:
+        history: the records of `metrics.jsonl`.
+        path: where to.
+        title: of the whole picture: model and method.
+        dense_loss: a line to compare with: the same loss of the dense model.
+    """
     figure, (left, right) = _figure(2, 8)
-    left.plot([r["step"] for r in history], [r["loss"] for r in history], color=_ACCENT)
-    left.set(xlabel="step", title="loss, nats per token")
+    figure.suptitle(title, fontsize=10, color=_INK)
+    steps = [r["step"] for r in history]
+    left.plot(steps, [r["loss"] for r in history], color=_ACCENT)
+    if dense_loss is not None:
+        left.axhline(dense_loss, color=_MUTED, linewidth=1, linestyle="--")
+        left.annotate(
+            f"dense model: {dense_loss:.3g}",
+            (steps[-1], dense_loss),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=_MUTED,
+        )
+    left.set(xlabel="step", title="loss, nats per token", ylim=(0, None))
     left.title.set_size(9)
     _draw_share(right, history, "", _ACCENT)
     figure.savefig(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxsparse.config import replace
+from proxsparse.config import MethodConfig, replace
 from proxsparse.data.calibration import Calibration, load_calibration
 from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.checks import check_model, check_output
@@ -31,6 +32,7 @@ from proxsparse.jobs.output import (
     pruned_report,
     write_result,
 )
+from proxsparse.jobs.quality import Quality, why_not_measured
 from proxsparse.jobs.recipe import Recipe, make_recipe
 from proxsparse.jobs.rounding import entry_of, settle_fp8_
 from proxsparse.learning import distributed
@@ -74,8 +76,9 @@ def learn_masks(
     calibration: Any = None,
     tokenizer: Any = None,
     *,
-    method: str = "gates",
+    method: str | None = None,
     preset: str | None = None,
+    config: MethodConfig | None = None,
     **settings: Any,
 ) -> Masks:
     """Choose a 2:4 mask for every target layer of a model in memory; the model is not changed.
@@ -85,9 +88,11 @@ def learn_masks(
         calibration: a file, folder, "stdlib", "self" or Hub name; a list of texts; a
             `datasets.Dataset`; or an iterable of token batches. None takes the default setting, C4.
         tokenizer: the model's tokenizer; needed unless `calibration` is tokens already.
-        method: one of `proxsparse.methods.METHODS`.
+        method: one of `proxsparse.methods.METHODS`; default "gates", or that of `preset` or
+            `config`.
         preset: published settings of the paper, see `proxsparse.jobs.recipe.PRESETS`.
-        **settings: any field of the config dataclasses, e.g. steps=200 or ignore=("down_proj",).
+        config: typed settings, e.g. GatesConfig(steps=200).
+        **settings: the same by name, e.g. steps=200 or ignore=("down_proj",); they win.
 
     Returns:
         The masks; put them on the model with `apply_masks_`, or save them.
@@ -95,11 +100,11 @@ def learn_masks(
     Raises:
         ProxsparseError: bad input or settings.
     """
-    recipe = make_recipe(method, preset, **settings).for_model(model)
+    recipe = _recipe(method, preset, config, settings).for_model(model)
     if recipe.method.updates_weights(recipe.options):
         raise ProxsparseError(
-            f"{method} changes the weights it keeps, so its masks alone are not its result: pass "
-            "mask_only=True, or use prune()"
+            f"{recipe.method.name} changes the weights it keeps, so its masks alone are not its "
+            "result: pass mask_only=True, or use prune()"
         )
     if recipe.run.quantize is not None:
         raise ProxsparseError(
@@ -123,7 +128,9 @@ def prune(
     calibration: Any = None,
     method: str | None = None,
     preset: str | None = None,
+    config: MethodConfig | None = None,
     resume: bool = False,
+    quality: bool = True,
     **settings: Any,
 ) -> PruneResult:
     """Prune a Hugging Face causal LM to 2:4 and write the result to a directory.
@@ -139,8 +146,11 @@ def prune(
         calibration: as for `learn_masks`; default the setting of the same name.
         method: default "gates", or the preset's.
         preset: see `proxsparse.jobs.recipe.PRESETS`.
+        config: typed settings, e.g. GatesConfig(steps=200).
         resume: go on from the last checkpoint of the same job, if there is one.
-        **settings: any field of the config dataclasses.
+        quality: whether to measure perplexity before and after, on at most 16,384 tokens of the
+            calibration text that the masks are not chosen on; a few seconds.
+        **settings: any field of the config dataclasses; they win over `config`.
 
     Raises:
         ProxsparseError: bad input; nothing that looks finished is left behind.
@@ -149,7 +159,7 @@ def prune(
     if isinstance(calibration, str | os.PathLike):
         settings["calibration"] = os.fspath(calibration)
         calibration = None
-    recipe = make_recipe(method, preset, **settings)
+    recipe = _recipe(method, preset, config, settings)
     if not recipe.method.can_share:
         require_one_process(f"method {recipe.method.name}")
     check_model(model)
@@ -179,6 +189,11 @@ def prune(
         claim(partial, identity)
         checkpoints = Checkpoints(partial / "checkpoints", identity)
         metrics = partial / "metrics.jsonl" if distributed.is_main() else None
+        why_not = why_not_measured(data, distributed.world_size(), base.is_made)
+        measured = None
+        if quality and not why_not:
+            assert data is not None
+            measured = Quality(base.model, data, recipe.run.dtype)
         if several:
             shard(base.model, targets, recipe, device)
         masks, history = run_method(base.model, targets, data, recipe, checkpoints, metrics, resume)
@@ -200,8 +215,37 @@ def prune(
             seconds=round(time.perf_counter() - began, 2),
         )
         apply_masks_(base.model, masks)
-        write_result(partial, base, masks, report, history, entry)
+        report["quality"] = measured.compare() if measured else None
+        if quality and why_not:
+            report["quality_not_measured"] = why_not
+        dense_loss = _dense_loss(recipe, measured)
+        write_result(partial, base, masks, report, history, dense_loss, entry)
     return PruneResult(masks, report, history)
+
+
+def _recipe(
+    method: str | None, preset: str | None, config: MethodConfig | None, settings: dict[str, Any]
+) -> Recipe:
+    """The recipe of settings that come typed, by name, or both."""
+    if config is None:
+        return make_recipe(method, preset, **settings)
+    if not isinstance(config, MethodConfig):
+        raise ProxsparseError(
+            f"config is {config!r} ({type(config).__name__}): give the settings of a method, such "
+            "as proxsparse.GatesConfig(steps=200)"
+        )
+    if method not in (None, config.method):
+        raise ProxsparseError(
+            f"config is of method {config.method!r}, not {method!r}: leave one of them out"
+        )
+    return make_recipe(config.method, preset, **{**config.given(), **settings})
+
+
+def _dense_loss(recipe: Recipe, measured: Quality | None) -> float | None:
+    """What the dense model's loss is, in the loss that the method minimises, where it is known."""
+    if recipe.method.distils(recipe.options):
+        return 0.0  # nothing diverges from itself
+    return None if measured is None else math.log(measured.dense)
 
 
 def apply(
@@ -248,7 +292,7 @@ def apply(
         )
         check_output_fits(partial, base.model, targets)
         apply_masks_(base.model, masks)
-        write_result(partial, base, masks, report, [], entry_of(base, targets))
+        write_result(partial, base, masks, report, [], fp8_entry=entry_of(base, targets))
     return PruneResult(masks, report, [])
 
 

@@ -66,7 +66,9 @@ class Recipe:
         return self.learn.steps * self.learn.batch_size
 
     def for_model(self, model: nn.Module, num_processes: int = 1) -> Recipe:
-        """The recipe with what depends on the model decided: block length, batch size and steps.
+        """The recipe with every value decided: what depends on the model, and the method's own.
+
+        A length in tokens becomes a number of steps.
 
         Args:
             model: the model; the meta device will do.
@@ -83,10 +85,13 @@ class Recipe:
         steps = self.learn.steps
         if self.learn.tokens is not None:
             steps = math.ceil(_count(self.learn.tokens) / (batch_size * length))
+        learn = replace(self.learn, {"batch_size": batch_size, "steps": steps})
+        learn, options = self.method.resolve(dataclasses.replace(learn, tokens=None), self.options)
         return dataclasses.replace(
             self,
             calibration=replace(self.calibration, {"max_seq_length": length}),
-            learn=replace(self.learn, {"batch_size": batch_size, "steps": steps}),
+            learn=learn,
+            options=options,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +111,6 @@ class Recipe:
         settings = self.as_dict()
         for harmless in ("checkpoint_every", "calibration", "split", "text_column", "tracker"):
             settings.pop(harmless, None)
-        settings.pop("tokens", None)  # the steps say it
         if settings["quantize"] is None:  # as runs of earlier versions have it
             del settings["quantize"]
         text = json.dumps([settings, inputs], sort_keys=True)
@@ -144,6 +148,7 @@ def make_recipe(
                 "learn: give one of them"
             )
         _count(given["tokens"])
+        given["tokens"] = str(given["tokens"])
     values.update(given)
     chosen = method if isinstance(method, Method) else get_method(method or "gates")
     used: list[type[Any]] = [TargetConfig, RunConfig, chosen.config]

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.forward import replacing_forward
 from proxsparse.models.observe import observe_inputs
 from proxsparse.models.precision import autocast, eval_mode
 from proxsparse.models.targets import Target, Targets
+from proxsparse.progress import progress
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def collect_input_norms(model: nn.Module, targets: Targets, tokens: Tensor) -> d
         eval_mode(model),
         observe_inputs(targets.layers, lambda t, e, x: norms[t.name].add(e, x)),
     ):
-        for batch in tqdm(_batches(tokens), desc="activations", disable=None, leave=False):
+        for batch in progress(_batches(tokens), "activations", "batch"):
             with autocast(model):
                 model(input_ids=batch.to(device), use_cache=False)
     for name, norm in norms.items():
@@ -151,7 +151,7 @@ def prune_block_by_block(
     outputs: list[Any] = [None] * len(batches)
     last = max(t.block for t in targets.layers)  # past the blocks where lm_head is a target
     stages = range(last + 1)
-    for index in tqdm(stages, desc="blocks", unit="block", disable=None, leave=False):
+    for index in progress(stages, "pruning", "block"):
         layers = [t for t in targets.layers if t.block == index]
         statistics = {t.name: statistic(t, device) for t in layers}
 

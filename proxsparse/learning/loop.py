@@ -26,7 +26,6 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from proxsparse import ops
 from proxsparse.errors import Interrupted, ProxsparseError
@@ -49,6 +48,7 @@ from proxsparse.models.files import explaining_full_disk, write_text_whole
 from proxsparse.models.masks import Masks
 from proxsparse.models.precision import eval_mode
 from proxsparse.models.targets import Target, Targets
+from proxsparse.progress import Progress
 
 _METRICS_EVERY = 10  # steps between looks at the loss: each look makes a GPU wait for the host
 _COUNTED_AT_ONCE = 2**24  # weights whose masks are compared together: few kernels, little memory
@@ -269,8 +269,14 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
     losses: list[Tensor] = []
     num_weights = sum(math.prod(t.shape) for t in job.targets.layers)
     run.count()
-    quiet = None if distributed.is_main() else True
-    bar = tqdm(total=config.steps, initial=done, desc="learning", unit="step", disable=quiet)
+    bar = Progress(
+        "learning",
+        config.steps,
+        unit="step",
+        done=done,
+        leave=True,
+        is_hidden=not distributed.is_main(),
+    )
     began = time.perf_counter()
     with bar, _launched_whole(job, take_step) as step:
         for t in range(done, config.steps):
@@ -297,7 +303,8 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
                 record["memory_gb"] = memory_gb(device)
                 losses.clear()
                 _report(job, record)
-                bar.set_postfix(loss=f"{record['loss']:.3f}", at_2to4=f"{record['share_2to4']:.1%}")
+                share = f"{record['share_2to4']:.1%}"
+                bar.update(0, loss=f"{record['loss']:.4f}", groups_at_2to4=share)
             if not finished and (save or stopping) and job.checkpoints is not None:
                 job.checkpoints.save(t + 1, _flatten(run.states))
             if stopping and not finished:

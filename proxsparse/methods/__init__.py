@@ -15,6 +15,7 @@ from proxsparse.config import METHOD_OPTIONS, NoOptions
 from proxsparse.errors import ProxsparseError
 
 if TYPE_CHECKING:
+    from proxsparse.config import LearnConfig
     from proxsparse.learning.job import Job
     from proxsparse.models.masks import Masks
 
@@ -61,6 +62,23 @@ class Method:
         The bytes are those that it keeps beside the parameter; the module calls them MEMORY.
         """
         return cast("Mapping[str, float]", getattr(self._module(), "MEMORY", {}))
+
+    def resolve(self, learn: LearnConfig, options: Any) -> tuple[LearnConfig, Any]:
+        """The settings with the method's own values in the place of None.
+
+        Resolving twice changes nothing.
+        """
+        resolve = getattr(self._module(), "resolve", None) if self.learned else None
+        return (learn, options) if resolve is None else resolve(learn, options)
+
+    def distils(self, options: Any) -> bool:
+        """Whether a learned method's loss is the divergence from the dense model.
+
+        Args:
+            options: from `resolve`.
+        """
+        is_published = getattr(options, "lam_units", "weights") == "absolute"
+        return self.learned and getattr(options, "distil", not is_published)
 
     def _module(self) -> Any:
         return importlib.import_module(f"{__name__}.{self.name}")

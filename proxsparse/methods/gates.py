@@ -17,9 +17,11 @@ makes its own when it runs (`streaming.weights_on_demand`), and the states are b
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +52,9 @@ class _Gates(Rule):
         self.memory, self.seed = learn_config.memory, learn_config.seed
         # Of several processes each keeps its rows twice; what they compute with is gathered.
         self.on_demand = self.memory in ("balanced", "low") and distributed.world_size() == 1
-        peak = self.lr if learn_config.lr is None else learn_config.lr
-        self.lam_per_step = peak * (self.lam if learn_config.lam is None else learn_config.lam)
+        learn_config, _ = resolve(learn_config, None)
+        assert learn_config.lr is not None and learn_config.lam is not None
+        self.lam_per_step = learn_config.lr * learn_config.lam
 
     def start(self, target: Target, w0: Tensor) -> State:
         def full(value: int, dtype: torch.dtype) -> Tensor:
@@ -107,6 +110,13 @@ class _Gates(Rule):
 
     def variable(self, w0: Tensor, state: State) -> Tensor:
         return state["s"]
+
+
+def resolve(learn_config: LearnConfig, options: Any) -> tuple[LearnConfig, Any]:
+    """The settings with lr and lam, where they are not given."""
+    lr = _Gates.lr if learn_config.lr is None else learn_config.lr
+    lam = _Gates.lam if learn_config.lam is None else learn_config.lam
+    return dataclasses.replace(learn_config, lr=lr, lam=lam), options
 
 
 def _fill(out: Tensor, write: Callable[[Tensor], None]) -> None:

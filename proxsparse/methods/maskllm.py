@@ -27,7 +27,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from proxsparse.config import LearnConfig, MaskLLMConfig, SparseGPTConfig
+from proxsparse.config import LearnConfig, MaskLLMOptions, SparseGPTOptions
 from proxsparse.learning.job import Job
 from proxsparse.learning.loop import learn
 from proxsparse.learning.rule import Rule, State, StepScalars
@@ -54,13 +54,14 @@ class _Categorical(Rule):
     lam = 1e-5
     betas = (0.9, 0.95)
 
-    def __init__(self, learn_config: LearnConfig, options: MaskLLMConfig, prior: Masks) -> None:
+    def __init__(self, learn_config: LearnConfig, options: MaskLLMOptions, prior: Masks) -> None:
         self.prior, self.seed, self.steps = prior, learn_config.seed, learn_config.steps
         self.distils = options.distil
         self.on_demand = learn_config.memory == "balanced"
         self.dtype = torch.bfloat16 if self.on_demand else None
-        if learn_config.lam is not None:
-            self.lam = learn_config.lam
+        learn_config, _ = resolve(learn_config, options)
+        assert learn_config.lam is not None
+        self.lam = learn_config.lam
 
     def start(self, target: Target, w0: Tensor) -> State:
         # On the CPU, so that a run begins alike on every device.
@@ -154,8 +155,17 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
+def resolve(
+    learn_config: LearnConfig, options: MaskLLMOptions
+) -> tuple[LearnConfig, MaskLLMOptions]:
+    """The settings with lr and lam, where they are not given."""
+    lr = _Categorical.lr if learn_config.lr is None else learn_config.lr
+    lam = _Categorical.lam if learn_config.lam is None else learn_config.lam
+    return dataclasses.replace(learn_config, lr=lr, lam=lam), options
+
+
 def maskllm(job: Job) -> Masks:
     """Learn masks through Gumbel-softmax on frozen weights, from SparseGPT's."""
-    options = SparseGPTConfig(mask_only=True)
+    options = SparseGPTOptions(mask_only=True)
     prior = dataclasses.replace(job, options=options, tokens=job.tokens[:_PRIOR_SAMPLES])
     return learn(job, _Categorical(job.learn, job.options, sparsegpt(prior)))

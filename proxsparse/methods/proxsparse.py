@@ -16,13 +16,15 @@ Pretrained LLMs", ICML 2025, arXiv:2502.00258, algorithm 1.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
 from proxsparse import ops
-from proxsparse.config import LearnConfig, ProxSparseConfig
+from proxsparse.config import LearnConfig, ProxSparseOptions
+from proxsparse.errors import ProxsparseError
 from proxsparse.learning import distributed
 from proxsparse.learning.job import Job
 from proxsparse.learning.loop import learn
@@ -40,23 +42,24 @@ _PUBLISHED_LR = 1e-4
 
 
 class _ProxAdamW(Rule):
-    def __init__(self, learn_config: LearnConfig, options: ProxSparseConfig) -> None:
-        self.options = options
+    def __init__(self, learn_config: LearnConfig, options: ProxSparseOptions) -> None:
+        learn_config, self.options = resolve(learn_config, options)
+        assert learn_config.lr is not None and learn_config.lam is not None
         self.max_grad_norm = options.max_grad_norm
-        self.lam = learn_config.lam
-        self.lr = _LR if self.lam is None else _PUBLISHED_LR
-        self.distils = self.lam is None
-        self.peak = self.lr if learn_config.lr is None else learn_config.lr
+        self.lam, self.lr = learn_config.lam, learn_config.lr
+        self.distils = self.is_relative = self.options.lam_units == "weights"
 
     def start(self, target: Target, w0: Tensor) -> State:
         p = target.weight().detach().contiguous()  # the parameter itself, unless stored transposed
-        unit = _rms(w0, target.shape) if self.lam is None else w0.new_ones((), dtype=torch.float64)
+        unit = w0.new_ones((), dtype=torch.float64)
+        if self.is_relative:
+            unit = _rms(w0, target.shape)
         return {"p": p, "m": torch.zeros_like(p), "v": torch.zeros_like(p), "unit": unit}
 
     def lam_at(self, progress: float, lr: float) -> float:
-        if self.lam is None:
-            return _LAM * progress
-        return self.lam if self.options.lam_scaling == "raw" else self.lam * lr / self.peak
+        if self.is_relative:
+            return self.lam * progress
+        return self.lam if self.options.lam_scaling == "raw" else self.lam * lr / self.lr
 
     def weight_(self, w0: Tensor, state: State, out: Tensor) -> None:
         if state["p"].data_ptr() != out.data_ptr():
@@ -83,6 +86,29 @@ class _ProxAdamW(Rule):
 
     def variable(self, w0: Tensor, state: State) -> Tensor:
         return state["p"]
+
+
+def resolve(
+    learn_config: LearnConfig, options: ProxSparseOptions
+) -> tuple[LearnConfig, ProxSparseOptions]:
+    """The settings with their units, and with lr and lam where they are not given.
+
+    Raises:
+        ProxsparseError: absolute units without a lam.
+    """
+    units = options.lam_units
+    if units == "auto":
+        units = "weights" if learn_config.lam is None else "absolute"
+    if units == "absolute" and learn_config.lam is None:
+        raise ProxsparseError(
+            "--lam-units absolute has no lam of its own, as the right one depends on the model: "
+            "give --lam or a --preset"
+        )
+    default_lr = _LR if units == "weights" else _PUBLISHED_LR
+    lr = default_lr if learn_config.lr is None else learn_config.lr
+    lam = _LAM if learn_config.lam is None else learn_config.lam
+    learn_config = dataclasses.replace(learn_config, lr=lr, lam=lam)
+    return learn_config, dataclasses.replace(options, lam_units=units)
 
 
 def _rms(w0: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,9 @@ weight of 0.05 ruins one of 0.005.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +113,12 @@ def _kept(x: Tensor, codes: Tensor) -> Tensor:
     places = torch.stack((nibbles & 3, nibbles >> 2), -1).long()
     groups = torch.nn.functional.pad(x, (0, 4 * nibbles.shape[-1] - x.shape[-1]))
     return groups.reshape(*nibbles.shape, 4).gather(-1, places).flatten(-2)
+
+
+def resolve(learn_config: LearnConfig, options: Any) -> tuple[LearnConfig, Any]:
+    """The settings with lr, where it is not given; there is no lam."""
+    lr = _Recovery.lr if learn_config.lr is None else learn_config.lr
+    return dataclasses.replace(learn_config, lr=lr), options
 
 
 def recover(job: Job, masks: Masks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
 from proxsparse import ops
 from proxsparse.errors import ProxsparseError
@@ -39,7 +37,7 @@ FILE = "proxsparse.masks"
 OLD_FILE = "masks.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Masks(Mapping[str, Tensor]):
     """A 2:4 mask for each of a model's layers; masks[name] is bool [N, K] or [E, N, K].
 
@@ -67,6 +65,10 @@ class Masks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def __repr__(self) -> str:
+        count = sum(map(_numel, self.shapes.values()))
+        return f"Masks: {len(self)} layers, 50 % of {_in_words(count)} weights"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the safetensors file (1 bit per weight)."""
@@ -161,6 +163,14 @@ def _is_valid(nibbles: Tensor) -> Tensor:
     return (nibbles & 3) < (nibbles >> 2)
 
 
+def _in_words(count: int) -> str:
+    """A number of weights, such as 3.0 M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
 def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
@@ -218,7 +228,12 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
     """
     targets = targets_of(model, masks)
     check_in_memory(targets.layers)
-    _zero_pruned_(targets, masks)
+    with torch.no_grad():
+        for target in targets.layers:
+            w = target.weight()
+            mask = masks[target.parameter_name].to(w.device)
+            zero = torch.zeros((), dtype=w.dtype, device=w.device)
+            target.set_weight_(torch.where(mask, w, zero))
 
 
 @torch.no_grad()
@@ -247,69 +262,6 @@ def masks_of(model: nn.Module) -> Masks:
             f"no layer of {type(model).__name__} is 2:4, so it shows no masks: prune it first"
         )
     return masks
-
-
-def keep_masks_(
-    model: nn.Module, optimizer: torch.optim.Optimizer, masks: Masks | None = None
-) -> RemovableHandle:
-    """Keep a model's masks in further training: now and after each step of the optimiser.
-
-    Any optimiser will do: momentum and weight decay may move a pruned weight, but it is +0.0 again
-    before the next forward pass. Turn a sparse model dense first, with `densify_`, and sparse again
-    afterwards. After a change outside of steps, such as merging a LoRA adapter, call
-    `apply_masks_`.
-
-    Args:
-        model: the model that is trained.
-        optimizer: what updates its weights; also one that `accelerator.prepare` has wrapped.
-        masks: which weights stay; default: those that are not zero now, see `masks_of`.
-
-    Returns:
-        A handle whose `remove()` lets the pruned weights go.
-
-    Raises:
-        ProxsparseError: a mask fits no layer of the model, or none is given and no layer is 2:4.
-
-    Cost: per step one pass over the masked weights; 1 bit per weight on their device.
-    """
-    masks = masks_of(model) if masks is None else masks
-    targets = targets_of(model, masks)
-    check_in_memory(targets.layers)
-    split = next((t.name for t in targets.layers if isinstance(t.parameter, DTensor)), None)
-    if split is not None:
-        raise ProxsparseError(
-            f"{split} is split over processes, its mask is not: call keep_masks_ on a model that "
-            "each process holds whole, as under DistributedDataParallel"
-        )
-    codes = {
-        t.parameter_name: masks.codes[t.parameter_name].to(t.parameter.device)
-        for t in targets.layers
-    }
-    here = Masks(codes, masks.shapes, masks.metadata)
-    _zero_pruned_(targets, here)
-    return _innermost(optimizer).register_step_post_hook(lambda *_: _zero_pruned_(targets, here))
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser that steps, under the wrappers of accelerate and its like."""
-    while not hasattr(optimizer, "_optimizer_step_post_hooks"):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            raise ProxsparseError(
-                f"{type(optimizer).__name__} is no optimiser of torch and holds none as "
-                "`optimizer`: pass the one that steps"
-            )
-        optimizer = inner
-    result: torch.optim.Optimizer = optimizer
-    return result
-
-
-@torch.no_grad()
-def _zero_pruned_(targets: Targets, masks: Masks) -> None:
-    for target in targets.layers:
-        w = target.weight()
-        mask = masks[target.parameter_name].to(w.device)
-        target.set_weight_(torch.where(mask, w, torch.zeros((), dtype=w.dtype, device=w.device)))
 
 
 def layer_report(targets: Targets, masks: Masks) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ __all__ = [
     "lay_out_2to4",
     "mask_2to4",
     "pack_2to4",
+    "predicted_speedups",
     "project_2to4",
     "prox_2to4",
     "prox_adamw_",
@@ -406,7 +407,7 @@ def decide_sparse_linear(
         compressed: of the calls, or None.
 
     Cost: the first weight of a GPU has its kernels tried, which takes milliseconds and waits for
-    them; others look up 40 decisions.
+    them; others look up 50 decisions.
     """
     check_packed_2to4(values, codes)
     if values.is_cuda and not isinstance(implementation("sparse_linear", "cuda"), str):
@@ -701,6 +702,25 @@ def known_speedups(
 
     measured = table.table_for(device)
     return table.known_speedups(measured, n, k, dtype, has_bias, tokens, forms)
+
+
+def predicted_speedups(
+    device: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    tokens: Iterable[int],
+    forms: Collection[str],
+) -> dict[int, float]:
+    """Token count -> speed-up over dense that the GPU's model predicts for a packed layer.
+
+    Args and cost as of `known_speedups`; empty on a GPU whose tables ship no model.
+    """
+    from proxsparse.backends import table
+
+    measured = table.table_for(device)
+    return table.predicted_speedups(measured, n, k, dtype, has_bias, tokens, forms)
 
 
 def can_compress(n: int, k: int, dtype: torch.dtype) -> str:

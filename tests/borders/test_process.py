@@ -230,13 +230,13 @@ def test_a_layer_that_saw_nothing_is_refused_by_name(
 
 
 def test_an_expert_that_saw_nothing_is_said_and_kept(tiny_model: Any, caplog: Any) -> None:
-    from proxsparse.config import LearnConfig, SparseGPTConfig
+    from proxsparse.config import LearnConfig, SparseGPTOptions
     from proxsparse.learning.job import Job
     from proxsparse.methods import METHODS
 
     model = tiny_model("qwen3_moe")
     tokens = torch.full((1, 2), 5)  # one token reaches two of four experts
-    job = Job(model, find_targets(model), tokens, LearnConfig(), SparseGPTConfig())
+    job = Job(model, find_targets(model), tokens, LearnConfig(), SparseGPTOptions())
     masks = METHODS["sparsegpt"].run(job)
     assert "of 4 experts saw no token" in caplog.text
     for target in job.targets.layers:
@@ -278,10 +278,10 @@ def test_a_perplexity_is_a_number(tiny_model: Any, value: float) -> None:
 
 
 def test_json_holds_no_nan(monkeypatch: Any) -> None:
-    from proxsparse.jobs import evaluate
+    from proxsparse.jobs import compare
 
     figures = {"tasks": {"task": {"acc": 0.5, "acc_stderr": float("nan"), "x": [float("inf")]}}}
-    monkeypatch.setattr(evaluate, "evaluate_model", lambda *_, **__: figures)
+    monkeypatch.setattr(compare, "evaluate_models", lambda *_: {DEMO: figures})
     result = run("eval", DEMO, "--tasks", "task", "--json")
     found = json.loads(result.stdout.splitlines()[-1], parse_constant=pytest.fail)
     assert found == {"tasks": {"task": {"acc": 0.5, "acc_stderr": None, "x": [None]}}}

@@ -145,6 +145,17 @@ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) 
   copy_for(barriers.at(barrier), to, from, bytes, bytes);
 }
 
+// What is fetched ahead must lie where a copy may read, as the GPU faults where it does not.
+inline void fetch_tile(const TileMap& map, int row, int column) {
+  if (row < 0 || column < 0 || column >= map.columns) std::abort();
+}
+
+inline void fetch_bytes(const void* from, int bytes) {
+  volatile unsigned char sum = 0;
+  for (int i = 0; i < bytes; ++i) sum ^= static_cast<const unsigned char*>(from)[i];
+  if (bytes % kPiece || reinterpret_cast<std::uintptr_t>(from) % kPiece) std::abort();
+}
+
 inline void store_tile(const TileMap& map, int row, int column, const void* from) {
   const auto store = [=] {
     visit_tile(from, map, row, column, [](const unsigned char* piece, const unsigned char* to) {

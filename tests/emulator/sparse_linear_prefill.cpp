@@ -6,7 +6,7 @@
 extern "C" __attribute__((visibility("default"))) const char* prefill(
     const void* x, const void* values, const void* codes, const void* bias, void* y, int tokens,
     int in_features, int out_features, std::int64_t x_stride, bool is_bfloat16, int rows,
-    int tile_tokens, int cluster, void* workspace, std::size_t workspace_bytes, int* signals,
+    int tile_tokens, int cluster, int ahead, void* workspace, std::size_t workspace_bytes, int* signals,
     bool copies_land_early, bool descending, int device, int multiprocessors, int major,
     std::size_t* needed_bytes) {
   // The library asks a device for its properties once: others must be another device's.
@@ -21,7 +21,7 @@ extern "C" __attribute__((visibility("default"))) const char* prefill(
                                             out_features,
                                             x_stride,
                                             is_bfloat16,
-                                            {rows, tile_tokens, cluster},
+                                            {rows, tile_tokens, cluster, ahead},
                                             true,
                                             workspace,
                                             workspace_bytes,

@@ -2,168 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
-import json
 import logging
-import math
 import sys
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from proxsparse.cli import show
+from proxsparse.cli.framework import (
+    Device,
+    KeepDense,
+    Output,
+    app,
+    choose_wait_policy,
+    command,
+    quiet_transformers,
+    settings,
+)
 from proxsparse.config import (
     FP8_DYNAMIC,
     METHOD_OPTIONS,
     CalibrationConfig,
+    EvalConfig,
     LearnConfig,
     RunConfig,
     TargetConfig,
     check_scheme,
-    choices_of,
+    replace,
+    split_list,
 )
-from proxsparse.errors import Interrupted, ProcessLost, ProxsparseError
+from proxsparse.errors import ProxsparseError
 from proxsparse.jobs.checks import (
     check_file,
     check_model,
     check_output,
     check_prune,
     check_recover,
-)
-from proxsparse.learning import launcher
-
-app = typer.Typer(
-    name="proxsparse",
-    help="Learn 2:4 sparsity masks for Hugging Face causal language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    check_text,
 )
 
-_IN_SEVERAL_PROCESSES = ("prune", "recover", "env")
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-_Output = Annotated[str, typer.Option("--output", "-o", help="Directory to create.")]
-
-_KeepDense = Annotated[
-    bool,
-    typer.Option(
-        "--keep-dense",
-        help="Hold the dense weights beside the packed ones, so that no number of tokens need be "
-        "slower than dense.",
-    ),
-]
+__all__ = ["app", "main"]
 
 
-def _settings(
-    *groups: tuple[str, type[Any]], without: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one flag for each field of each (panel title, dataclass), default None.
-
-    None means "not given", so that presets and methods can supply their own value; the real default
-    is shown in the help.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(function, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        flags: dict[str, inspect.Parameter] = {}
-        for panel, config in groups:
-            hints = typing.get_type_hints(config)
-            for field in dataclasses.fields(config):
-                if field.name not in (*flags, *without):
-                    flags[field.name] = _flag(field, hints[field.name], panel)
-        parameters = [*own, *flags.values()]
-        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        function.__annotations__ = {p.name: p.annotation for p in parameters}
-        return function
-
-    return decorate
-
-
-def _flag(field: dataclasses.Field[Any], kind: Any, panel: str) -> inspect.Parameter:
-    if kind == tuple[str, ...]:
-        kind = list[str]
-    default = field.default
-    shown = "" if default in (None, ()) else f" [default: {default}]"
-    choices = choices_of(kind)  # checked by the config, in the words of every other mistake
-    option = typer.Option(
-        help=field.metadata["help"] + shown,
-        rich_help_panel=panel,
-        metavar="|".join(choices) or None,
-    )
-    kind = str if choices else kind
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, option],
-    )
-
-
-def _command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
-    """Turn a function that returns its result into a command that reports it, or the error."""
-    name = function.__name__.rstrip("_")
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        as_json = kwargs.pop("json", False)
-        is_main = True
-        try:
-            is_main = launcher.is_main()  # of the processes of a launcher
-            if name not in _IN_SEVERAL_PROCESSES:
-                launcher.require_one_process(f"proxsparse {name}")
-            # Names and paths are printed as they are, whatever brackets they hold.
-            console = Console(stderr=as_json, quiet=not is_main, markup=False, emoji=False)
-            logging.basicConfig(format="%(message)s", level="INFO" if is_main else "ERROR")
-            for library in ("httpx", "datasets", "matplotlib"):
-                logging.getLogger(library).setLevel(logging.WARNING)
-            result = function(*args, console=console, **kwargs)
-        except ProxsparseError as error:
-            if is_main or isinstance(error, ProcessLost):
-                typer.echo(f"proxsparse: {error}", err=True)
-            if as_json and is_main:
-                typer.echo(json.dumps({"error": str(error)}))
-            raise typer.Exit(130 if isinstance(error, Interrupted) else 1) from error
-        if as_json and is_main:
-            typer.echo(json.dumps(_without_nan(result), allow_nan=False))
-
-    signature = inspect.signature(function, eval_str=True)
-    parameters = [p for p in signature.parameters.values() if p.name != "console"]
-    flag = inspect.Parameter(
-        "json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Json
-    )
-    parameters.append(flag)
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=parameters, return_annotation=None
-    )
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return app.command(name=name)(run)
-
-
-def _without_nan(value: Any) -> Any:
-    """The value with null for each number that JSON does not have, such as lm-eval's NaN errors."""
-    if isinstance(value, dict):
-        return {key: _without_nan(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@_command
-@_settings(
+@command
+@settings(
     ("Calibration", CalibrationConfig),
     ("Layers", TargetConfig),
     ("Learning", LearnConfig),
@@ -173,7 +57,7 @@ def _quiet_transformers() -> None:
 def prune(
     model: Annotated[str, typer.Argument(help="Model directory, or name on the Hub.")],
     *,
-    output: _Output,
+    output: Output,
     method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHOD_OPTIONS)}.")] = None,
     preset: Annotated[
         str | None,
@@ -182,6 +66,16 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of the same job.")
     ] = False,
+    no_quality: Annotated[
+        bool, typer.Option("--no-quality", help="Do not measure perplexity before and after.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be done, and how long it takes; do nothing."
+        ),
+    ] = False,
+    verbose: bool = False,
     console: Console,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -192,39 +86,54 @@ def prune(
     Example: proxsparse prune ./llama --calibration text.txt --tokens 25M --output ./llama-2to4
     """
     check_prune(model, output, method=method, preset=preset, resume=resume, **settings)
+    quiet_transformers()
+    if dry_run:
+        from proxsparse.jobs.plan import plan_prune
+
+        plan = plan_prune(model, output, method=method, preset=preset, **settings)
+        show.plan(console, plan, verbose)
+        return plan
     from proxsparse.jobs.prune import prune as run
 
-    _quiet_transformers()
-    result = run(model, output, method=method, preset=preset, resume=resume, **settings)
+    result = run(
+        model,
+        output,
+        method=method,
+        preset=preset,
+        resume=resume,
+        quality=not no_quality,
+        **settings,
+    )
     report = result.report
     if not report:  # not the main process
         return {}
-    _print_layers(console, report["layers"], "kept as by magnitude")
-    for name, reason in report["left_dense"].items():
-        console.print(f"left dense: {name} ({reason})", highlight=False)
+    table = show.columns("layer", "shape", "kept as by magnitude")
+    rows = [
+        (layer["name"], show.shape(layer["shape"]), f"{layer['overlap_with_magnitude']:.1%}")
+        for layer in report["layers"]
+    ]
+    show.layers(console, table, rows, verbose)
+    show.left_dense(console, report["left_dense"], verbose)
     if report["data"]:
-        console.print(
+        show.line(
+            console,
             f"calibration: {report['data']['samples']:,} blocks, {report['data']['tokens']:,} "
             f"tokens from {report['data']['source']}",
-            highlight=False,
         )
         if report["data"].get("prefix"):
             prefix = " ".join(report["data"]["prefix"])
-            console.print(
-                f"before each block: {prefix}, which the tokenizer adds",
-                markup=False,
-                highlight=False,
-            )
-    console.print(
+            show.line(console, f"before each block: {prefix}, which the tokenizer adds")
+    show.quality(console, report)
+    show.line(
+        console,
         f"{report['recipe']['method']}: {len(report['layers'])} layers pruned to 2:4 in "
         f"{report['seconds']:.1f} s, written to {output}",
-        highlight=False,
     )
     return {"output": output, **report}
 
 
-@_command
-@_settings(
+@command
+@settings(
     ("Calibration", CalibrationConfig),
     ("Learning", LearnConfig),
     ("Machine", RunConfig),
@@ -253,7 +162,7 @@ def recover(
     output = check_recover(model, base, output, resume=resume, **settings)
     from proxsparse.jobs.recover import recover as run
 
-    _quiet_transformers()
+    quiet_transformers()
     report = run(model, base, output, resume=resume, **settings).report
     if not report:  # not the main process
         return {}
@@ -270,12 +179,12 @@ def recover(
     return {"output": output, **report}
 
 
-@_command
+@command
 def apply(
     model: Annotated[str, typer.Argument(help="The base model, directory or Hub name.")],
     *,
     mask: Annotated[str, typer.Option(help="A proxsparse.masks file, or a directory with one.")],
-    output: _Output,
+    output: Output,
     force: Annotated[
         bool, typer.Option("--force", help="Accept a base model with other weights.")
     ] = False,
@@ -288,7 +197,7 @@ def apply(
     check_output(output)
     from proxsparse.jobs.prune import apply as run
 
-    _quiet_transformers()
+    quiet_transformers()
     report = run(model, mask, output, force=force, device=device).report
     if report["mask_from_updated_weights"]:
         console.print(
@@ -299,15 +208,16 @@ def apply(
     return {"output": output, **report}
 
 
-@_command
+@command
 def pack(
     model: Annotated[str, typer.Argument(help="A pruned model, directory or Hub name.")],
     *,
-    output: _Output,
-    keep_dense: _KeepDense = False,
+    output: Output,
+    keep_dense: KeepDense = False,
     quantize: Annotated[
         str | None, typer.Option(help="Round the packed layers to 8 bits: FP8_DYNAMIC.")
     ] = None,
+    verbose: bool = False,
     console: Console,
 ) -> dict[str, Any]:
     """Store the 2:4 layers of a pruned model packed: 9/16 of their bytes in 16 bits.
@@ -323,25 +233,24 @@ def pack(
     check_scheme(quantize)
     from proxsparse.jobs.pack import pack as run
 
-    _quiet_transformers()
+    quiet_transformers()
     result = run(model, output, keep_dense=keep_dense, quantize=quantize)
-    for name, reason in result["left_dense"].items():
-        console.print(f"left dense: {name} ({reason})", highlight=False)
+    show.left_dense(console, result["left_dense"], verbose)
     dense, packed = result["dense_bytes"], result["packed_bytes"]
-    before, after = map(_size, result["checkpoint_bytes"])
+    before, after = map(show.size, result["checkpoint_bytes"])
     console.print(
-        f"{len(result['layers'])} layers packed: {_size(dense)} -> {_size(packed)} "
+        f"{len(result['layers'])} layers packed: {show.size(dense)} -> {show.size(packed)} "
         f"({packed / dense:.4f}); with all else {before} -> {after}, written to {output}",
         highlight=False,
     )
     return {"output": output, **result}
 
 
-@_command
+@command
 def unpack(
     model: Annotated[str, typer.Argument(help="A packed model, directory or Hub name.")],
     *,
-    output: _Output,
+    output: Output,
     console: Console,
 ) -> dict[str, Any]:
     """Turn a packed model back into the dense checkpoint with zeros, bit by bit.
@@ -352,9 +261,9 @@ def unpack(
     check_output(output)
     from proxsparse.jobs.pack import unpack as run
 
-    _quiet_transformers()
+    quiet_transformers()
     result = run(model, output)
-    before, after = map(_size, result["checkpoint_bytes"])
+    before, after = map(show.size, result["checkpoint_bytes"])
     console.print(
         f"{len(result['layers'])} layers unpacked: {before} -> {after}, written to {output}",
         highlight=False,
@@ -362,15 +271,15 @@ def unpack(
     return {"output": output, **result}
 
 
-@_command
-@_settings(("Layers", TargetConfig))
+@command
+@settings(("Layers", TargetConfig))
 def export(
     model: Annotated[str, typer.Argument(help="A model, dense or packed, directory or Hub name.")],
     *,
-    output: _Output,
+    output: Output,
     format: Annotated[str, typer.Option(help="FP8_DYNAMIC.")] = FP8_DYNAMIC,
     console: Console,
-    **settings: Any,
+    **values: Any,
 ) -> dict[str, Any]:
     """Write a pruned model as an ordinary dense FP8 checkpoint of compressed-tensors.
 
@@ -384,10 +293,10 @@ def export(
     check_scheme(format, what="--format")
     from proxsparse.jobs.export import export as run
 
-    _quiet_transformers()
-    given = {name: tuple(value) for name, value in settings.items() if value}
+    quiet_transformers()
+    given = {name: tuple(value) for name, value in values.items() if value}
     result = run(model, output, format=format, **given)
-    before, after = map(_size, result["checkpoint_bytes"])
+    before, after = map(show.size, result["checkpoint_bytes"])
     console.print(
         f"{len(result['layers'])} layers in {format}, {result['num_2to4']} of them 2:4; "
         f"{before} -> {after}, written to {output}",
@@ -396,8 +305,8 @@ def export(
     return {"output": output, **result}
 
 
-@_command
-@_settings(("Layers", TargetConfig))
+@command
+@settings(("Layers", TargetConfig))
 def advise(
     model: Annotated[str, typer.Argument(help="Model directory, or name on the Hub.")],
     *,
@@ -407,7 +316,8 @@ def advise(
             help="Tokens per call: the batch size in decode, all tokens of the prompts in prefill."
         ),
     ] = "1,16,256,4096",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    device: Device = "auto",
+    verbose: bool = False,
     console: Console,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -421,9 +331,9 @@ def advise(
     check_model(model)
     from proxsparse.jobs.advise import advise as run
 
-    _quiet_transformers()
+    quiet_transformers()
     try:
-        numbers = [int(number) for number in tokens.split(",")]
+        numbers = [int(number) for number in split_list([tokens])]
     except ValueError as error:
         raise ProxsparseError(
             f"--tokens is {tokens!r}: give whole numbers with commas between"
@@ -432,17 +342,17 @@ def advise(
     result = run(model, tokens=numbers, device=device, **given)
     measured, whole = result["measured"], result["model"]
     shown = "speedup" if measured else "byte_limit"
-    title = "{} tokens, x" if measured else "bytes, {} tokens"
+    title = "{} tokens, x (predicted)" if measured else "bytes, {} tokens"
     columns = [title.format(m) for m in numbers] + ([] if measured else ["operations"])
-    table = Table("layer shape", "layers", "dense", "packed", *columns)
+    table = show.columns("layer shape", "layers", "dense", "packed", *columns)
     for row in result["shapes"]:
         limit = [] if measured else [f"{row['operation_limit']:.2f}"]
         table.add_row(
-            "x".join(map(str, row["shape"])),
+            show.shape(row["shape"]),
             str(row["layers"]),
-            _size(row["dense_bytes"]),
-            _size(row["packed_bytes"]),
-            *(f"{row[shown][m]:.2f}" for m in numbers),
+            show.size(row["dense_bytes"]),
+            show.size(row["packed_bytes"]),
+            *(f"{row[shown][m]:.2f}{_predicted(row, m)}" for m in numbers),
             *limit,
         )
     console.print(table)
@@ -460,13 +370,12 @@ def advise(
     console.print(
         f"limits of the whole model, attention apart: {whole['byte_limit']:.2f}x where bytes bind "
         f"(decode), {whole['operation_limit']:.2f}x where operations bind (prefill); "
-        f"weights {_size(whole['dense_bytes'])} -> {_size(whole['packed_bytes'])}",
+        f"weights {show.size(whole['dense_bytes'])} -> {show.size(whole['packed_bytes'])}",
         highlight=False,
     )
     for line in (*_alternative_lines(result["alternatives"]), *_tuning_lines(result["tuning"])):
         console.print(line, highlight=False, markup=False)
-    for name, reason in result["left_dense"].items():
-        console.print(f"left dense: {name} ({reason})", highlight=False)
+    show.left_dense(console, result["left_dense"], verbose)
     return result
 
 
@@ -484,21 +393,29 @@ def _alternative_lines(forms: dict[str, dict[str, float]]) -> Iterator[str]:
     )
 
 
+def _predicted(row: dict[str, Any], tokens: int) -> str:
+    predicted = (row["predicted"] or {}).get(tokens)
+    return "" if predicted is None else f" ({predicted:.2f})"
+
+
 def _tuning_lines(tuning: dict[str, Any] | None) -> Iterator[str]:
     """What the tuner did, and what it could not measure or must not use."""
     if tuning is None:
         return
     yield (
         f"tuning: {tuning['num_measured']} cells measured, {tuning['num_known']} known before, "
-        f"{tuning['num_late']} left to the rule when the time was up"
+        f"{tuning['num_late']} left to predictions when the time was up, "
+        f"{tuning['seconds']:.0f} s"
     )
+    for cell in tuning["late"]:
+        yield f"late: {cell}"
     for cell, reason in tuning["problems"].items():
         yield f"not measured: {cell} ({reason})"
     for candidate, reason in tuning["banned"].items():
         yield f"not used: {candidate} ({reason})"
 
 
-@_command
+@command
 def generate(
     model: Annotated[str, typer.Argument(help="A pruned model, dense or packed.")],
     *,
@@ -507,11 +424,11 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare/--sparse-only", help="Run the dense model first, too.")
     ] = True,
-    keep_dense: _KeepDense = False,
+    keep_dense: KeepDense = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Fuse small kernels first; takes a minute or more.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    device: Device = "auto",
     console: Console,
 ) -> dict[str, Any]:
     """Continue a prompt with the model dense and sparse, and show both speeds side by side.
@@ -523,7 +440,7 @@ def generate(
     check_model(model)
     from proxsparse.jobs.generate import generate as run
 
-    _quiet_transformers()
+    quiet_transformers()
     result = run(
         model,
         prompt,
@@ -533,18 +450,18 @@ def generate(
         compile=compile,
         device=device,
     )
-    table = Table(
+    table = show.columns(
         *("weights", "bytes", "tokens", "seconds", "tokens/s", "prefill s", "decode tokens/s")
     )
     for kind, figures in result["runs"].items():
         table.add_row(
             kind,
-            _size(figures["weight_bytes"]),
+            show.size(figures["weight_bytes"]),
             str(figures["num_tokens"]),
             f"{figures['seconds']:.2f}",
             f"{figures['tokens_per_second']:.1f}",
             f"{figures['prefill_seconds']:.3f}",
-            _or_dash(figures["decode_tokens_per_second"], ".1f"),
+            show.or_dash(figures["decode_tokens_per_second"], ".1f"),
         )
     console.print(prompt + result["runs"]["sparse"]["text"], markup=False, highlight=False)
     console.print(table)
@@ -563,13 +480,14 @@ def generate(
     return result
 
 
-@_command
+@command
 def inspect_(
     model: Annotated[str, typer.Argument(help="Model directory, or name on the Hub.")],
     *,
     base: Annotated[
         str | None, typer.Option(help="The dense model it came from, to compare kept weights with.")
     ] = None,
+    verbose: bool = False,
     console: Console,
 ) -> dict[str, Any]:
     """Show each layer's shape, 2:4 validity, zeros and overlap with magnitude pruning."""
@@ -578,108 +496,99 @@ def inspect_(
         check_model(base)
     from proxsparse.jobs.inspect import inspect_model
 
-    _quiet_transformers()
+    quiet_transformers()
     result = inspect_model(model, base)
-    table = Table("layer", "shape", "2:4", "zeros", "-0.0", "kept as by magnitude", "kept bitwise")
-    for row in result["layers"]:
-        table.add_row(
+    table = show.columns("layer", "shape", "2:4", "zeros", "as magnitude", "bitwise")
+    rows = [
+        (
             row["name"],
-            "x".join(map(str, row["shape"])),
+            show.shape(row["shape"]),
             "yes" if row["is_2to4"] else "no",
             f"{row['zeros']:.1%}",
-            str(row["negative_zeros"]),
-            _or_dash(row["overlap_with_magnitude"], ".1%"),
+            show.or_dash(row["overlap_with_magnitude"], ".1%"),
             {None: "-", True: "yes", False: "no"}[row["kept_bitwise"]],
         )
-    console.print(table)
+        for row in result["layers"]
+    ]
+    show.layers(console, table, rows, verbose)
+    show.line(
+        console,
+        "as magnitude: share of kept weights that magnitude keeps too; bitwise: whether kept "
+        "weights are those of --base",
+    )
+    for row in result["layers"]:
+        if row["negative_zeros"]:
+            show.line(console, f"{row['name']} has {row['negative_zeros']:,} zeros that are -0.0")
+    odd = [row["name"] for row in result["layers"] if not row["is_2to4"]]
     packed = f", {result['num_packed']} of them packed" if result["num_packed"] else ""
-    console.print(
-        f"{result['num_2to4']} of {result['num_layers']} layers are 2:4{packed}", highlight=False
-    )
+    show.line(console, f"{result['num_2to4']} of {result['num_layers']} layers are 2:4{packed}")
+    if odd and result["num_2to4"]:
+        show.line(console, f"not 2:4: {', '.join(odd if verbose else odd[:5])}")
     if result["mask_file"]:
-        console.print(f"the mask file beside it {result['mask_file']}")
+        show.line(console, f"the mask file beside it {result['mask_file']}")
     return result
 
 
-@_command
+@command
+@settings(("Evaluation", EvalConfig))
 def eval_(
-    model: Annotated[str, typer.Argument(help="Model directory, or name on the Hub.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Model directories, or names on the Hub; several are compared."),
+    ],
     *,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text: a file or folder as for prune --calibration, or 'stdlib' for held-out "
-            "modules of Python's library."
-        ),
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column that holds the text of a table (default: found).")
-    ] = None,
-    rolling: Annotated[
-        bool,
-        typer.Option("--rolling", help="Score every token once, in lm-eval's rolling windows."),
-    ] = False,
-    tasks: Annotated[
-        list[str] | None, typer.Option(help="A task of lm-eval; repeat for more.")
-    ] = None,
-    max_seq_length: Annotated[int, typer.Option(help="Tokens per block.", min=2)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Blocks per forward pass.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     console: Console,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Measure perplexity on a text, and lm-eval tasks if asked for."""
-    check_model(model)
-    if data not in (None, "stdlib"):
-        check_file(data, "text", or_directory=True)
-    from proxsparse.jobs.evaluate import evaluate_model
+    """Measure perplexity on a text, and lm-eval tasks if asked for.
 
-    _quiet_transformers()
-    result = evaluate_model(
-        model,
-        data,
-        tasks or [],
-        max_seq_length=max_seq_length,
-        batch_size=batch_size,
-        device=device,
-        rolling=rolling,
-        text_column=text_column,
+    Example: proxsparse eval ./llama ./llama-2to4 --data wikitext2 --tasks arc_easy,piqa --limit 200
+    """
+    config = replace(
+        EvalConfig(),
+        {k: tuple(v) if k == "tasks" else v for k, v in settings.items() if v is not None},
     )
-    if "perplexity" in result:
-        console.print(f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens")
-    for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
-        if name in result:
-            console.print(f"{name.replace('_', ' ')} {result[name]:.4f}")
-    if result.get("prefix"):
-        where = "the text" if rolling else "each block"
-        console.print(
-            f"before {where}: {' '.join(result['prefix'])}, which the tokenizer adds",
-            markup=False,
-            highlight=False,
+    for model in models:
+        check_model(model)
+    if config.data is not None:
+        check_text(config.data)
+    from proxsparse.jobs.compare import evaluate_models
+
+    quiet_transformers()
+    results = evaluate_models(models, config)
+    first = next(iter(results.values()))
+    for table in show.figures(results):
+        console.print(table)
+    if "source" in first:
+        show.line(
+            console,
+            f"on {first['tokens']:,} tokens of {first['source']}, "
+            + ("rolling windows" if config.rolling else "blocks")
+            + f" of {first['max_seq_length']:,}",
         )
-    for task, figures in result.get("tasks", {}).items():
-        console.print(task, figures)
-    return result
+    if first.get("prefix"):
+        where = "the text" if config.rolling else "each block"
+        prefix = " ".join(first["prefix"])
+        show.line(console, f"before {where}: {prefix}, which the tokenizer adds")
+    return first if len(results) == 1 else {"models": results}
 
 
-@_command
-def env(*, console: Console) -> dict[str, Any]:
+@command
+def env(*, verbose: bool = False, console: Console) -> dict[str, Any]:
     """Show versions, devices, and which backend runs each op here, or why not."""
     from proxsparse.jobs.environment import describe_environment
 
     result = describe_environment()
     for name, version in result["versions"].items():
-        console.print(f"{name:14} {version}", highlight=False)
-    console.print(f"{'devices':14} {'; '.join(result['devices'])}", highlight=False)
+        show.line(console, f"{name:14} {version}")
+    show.line(console, f"{'devices':14} {'; '.join(result['devices'])}")
     for name, description in result["cuda"].items():
-        console.print(f"{'cuda ' + name:17} {description}", highlight=False)
-    table = Table("op", *next(iter(result["ops"].values())))
-    for op, backends in result["ops"].items():
-        table.add_row(op, *backends.values())
-    console.print(table)
+        show.line(console, f"{'cuda ' + name:17} {description}")
+    show.backends(console, result["ops"])
     return result
 
 
-@_command
+@command
 def demo(
     *,
     output: Annotated[
@@ -695,30 +604,9 @@ def demo(
         check_output(output)
     from proxsparse.jobs.demo import run_demo
 
-    _quiet_transformers()
+    quiet_transformers()
     logging.getLogger("proxsparse").setLevel(logging.WARNING)  # its runs are not the user's
     return run_demo(console, output, quick=quick)
-
-
-def _print_layers(console: Console, layers: list[dict[str, Any]], title: str) -> None:
-    table = Table("layer", "shape", title)
-    for layer in layers:
-        overlap = f"{layer['overlap_with_magnitude']:.1%}"
-        table.add_row(layer["name"], "x".join(map(str, layer["shape"])), overlap)
-    console.print(table)
-
-
-def _size(num_bytes: int) -> str:
-    """Bytes in the unit that suits them, e.g. 13.5 GB."""
-    size, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size >= 1000:
-            size, unit = size / 1000, larger
-    return f"{size:.{0 if unit == 'B' else 1}f} {unit}"
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 @app.callback(invoke_without_command=True)
@@ -734,11 +622,8 @@ def _root(
 
 def main() -> None:
     """Entry point of the `proxsparse` command."""
+    choose_wait_policy()
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
