@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def as_bits(x: Tensor) -> Tensor:
-    """The bits of x as int16 or int32, without a copy."""
-    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+    """The bits of x as signed integers of its size, without a copy."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
 @triton.jit

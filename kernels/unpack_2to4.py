@@ -71,8 +71,9 @@ def unpack_2to4_triton(values: Tensor, codes: Tensor) -> Tensor:
     """The dense tensor behind `pack_2to4_triton`'s output, exact +0.0 where nothing was kept.
 
     Args:
-        values: [..., K/2] contiguous, float32, bfloat16 or float16.
-        codes: uint8 [..., ceil(K/8)], contiguous; or, of a weight [N, K], in tiles.
+        values: [..., K/2] contiguous, of 8, 16 or 32 bits.
+        codes: uint8 [..., ceil(K/8)], contiguous; or, of a weight [N, K] of 16 or 32 bits, in
+            tiles.
 
     Returns:
         [..., K] of the values' dtype.

@@ -13,6 +13,23 @@ from typing import Any, Literal
 
 from proxsparse.errors import ProxsparseError
 
+FP8_DYNAMIC = "FP8_DYNAMIC"  # the scheme of compressed-tensors: see `ops.reference.quantize_fp8`
+SCHEMES = (FP8_DYNAMIC,)
+
+
+def check_scheme(name: str | None, *, what: str = "--quantize") -> None:
+    """Refuse a scheme of quantisation that nothing here knows.
+
+    Args:
+        name: of a scheme; None for weights as they are.
+        what: says it.
+
+    Raises:
+        ProxsparseError: there is no such scheme.
+    """
+    if name is not None and name not in SCHEMES:
+        raise ProxsparseError(f"{what} is {name!r}: choose {', '.join(SCHEMES)}")
+
 
 def option(default: Any, help: str, *, minimum: float | None = None) -> Any:
     """A dataclass field with its help text and, for numbers, the smallest value allowed."""
@@ -173,6 +190,11 @@ class RunConfig(_Checked):
         "Precision while learning: auto, float32, bfloat16 or float16. The pruned model is always "
         "saved in the dtype of the base model.",
     )
+    quantize: str | None = option(
+        None,
+        "FP8_DYNAMIC: round the weights to FP8 first, learn masks on what they have become, and "
+        "write the result as a dense FP8 checkpoint, bitwise a mask on the rounded model.",
+    )
     random_init: bool = option(
         False,
         "Ignore the model's weights and text: random weights of its shape (MODEL may be just a "
@@ -181,6 +203,10 @@ class RunConfig(_Checked):
     tracker: str | None = option(
         None, "Also report metrics to one of accelerate's trackers, e.g. tensorboard or wandb."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scheme(self.quantize)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,16 @@ def test_limits_come_from_bytes_and_operations(tiny_model: Any, tmp_path: Path) 
     assert model["packed_bytes"] == layers * 0.5625 + rest
     assert model["operation_limit"] == pytest.approx((layers + rest) / (layers / 2 + rest))
     assert result["left_dense"]["lm_head"] == "lm_head"
+    forms = result["alternatives"]
+    weights = layers // 2
+    assert forms["2:4 in 16 bits"]["bytes"] == model["packed_bytes"]
+    assert forms["FP8 and 2:4"]["bytes"] == rest + weights * 0.625
+    assert forms["FP8, dense"]["bytes"] == rest + weights
+    assert forms["INT4, dense"]["byte_limit"] > forms["FP8 and 2:4"]["byte_limit"]
+    assert forms["FP8 and 2:4"]["operation_limit"] == pytest.approx(
+        (layers + rest) / (layers / 4 + rest)
+    )
+    assert forms["INT4, dense"]["operation_limit"] == 1
 
 
 def test_no_weight_is_read(tiny_model: Any, tiny_model_name: str, tmp_path: Path) -> None:

@@ -185,7 +185,10 @@ def test_corrupt_codes_are_refused(packed: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "packed in format 3, this proxsparse reads up to 2"),
+        ({"format_version": 4}, "packed in format 4, this proxsparse reads up to 3"),
+        ({"format_version": 3}, "packed in format 3 and its scheme is None"),
+        ({"scheme": "FP8_DYNAMIC"}, "packed in format 2 and its scheme is 'FP8_DYNAMIC'"),
+        ({"scheme": "INT4"}, "the scheme of the model is 'INT4': choose FP8_DYNAMIC"),
         ({"memory": "max"}, "memory is 'max': it must be min or fast"),
         ({"keep_dense": "yes"}, "keep_dense is 'yes': it must be True or False"),
         (

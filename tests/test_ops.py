@@ -78,10 +78,17 @@ def schema_args(op: str, device: str = "cpu", shape: tuple[int, ...] = (6, 20)) 
             *(grad, *([form] * 2 for form in reference.pack_2to4(sparse))),
             *([w[:, 0].clone(), None], [None] * 2, [None, sparse]),
         ),
+        "quantize_fp8": (w, None),
+        "sparse_linear_fp8": (grad, *packed_fp8(sparse), w[:, 0].clone(), None),
     }[op]
 
 
-PRODUCTS = {"sparse_linear", "sparse_linear_decode", "sparse_linear_group"}
+def packed_fp8(sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    values, scale = reference.quantize_fp8(sparse)
+    return *reference.pack_2to4(values), scale
+
+
+PRODUCTS = {"sparse_linear", "sparse_linear_decode", "sparse_linear_fp8", "sparse_linear_group"}
 # compress_2to4 makes a form that only a library defines; tests/test_backend_cuda.py has its tests.
 PORTABLE = tuple(op for op in schemas.OPS if op != "compress_2to4")
 
@@ -104,7 +111,7 @@ def test_every_backend_has_the_ops_it_should(backend: str) -> None:
     lacking = {op for op in schemas.OPS if isinstance(dispatch.implementation(op, backend), str)}
     expected = {
         "reference": {"compress_2to4"},
-        "cpu": {"compress_2to4", *PRODUCTS},
+        "cpu": {"compress_2to4", "quantize_fp8", *PRODUCTS},
         "triton": {"compress_2to4", *PRODUCTS - {"sparse_linear_decode"}},
     }
     assert lacking == expected[backend]
@@ -121,6 +128,8 @@ def test_every_backend_agrees_with_the_reference(backend: str, op: str) -> None:
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
+        if a.dtype == ops.FP8:
+            a, e = a.float(), e.float()
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +149,13 @@ def test_exact_ops_agree_bitwise_on_special_values(backend: str, dtype: torch.dt
 
 @pytest.mark.parametrize("op", PORTABLE)
 def test_opcheck(op: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.proxsparse, op).default, schema_args(op))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    tests.append("test_aot_dispatch_dynamic")
+    if op == "sparse_linear_fp8":
+        tests.remove("test_schema")  # it compares operands, which PyTorch cannot in 8-bit floats
+    torch.library.opcheck(
+        getattr(torch.ops.proxsparse, op).default, schema_args(op), test_utils=tests
+    )
 
 
 W = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
@@ -182,7 +197,14 @@ COMPILED: dict[str, Callable[[Tensor], Any]] = {
     "sparse_linear_group": lambda w: ops.sparse_linear_group(
         2 * w, *([form] * 2 for form in ops.pack_2to4(ops.project_2to4(w))), *([[None] * 2] * 3)
     )[1],
+    "quantize_fp8": lambda w: 2 * ops.quantize_fp8(2 * w)[0].float(),
+    "sparse_linear_fp8": lambda w: ops.sparse_linear_fp8(2 * w, *_pack_fp8(ops.project_2to4(w))),
 }
+
+
+def _pack_fp8(sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    values, scale = ops.quantize_fp8(sparse)
+    return *ops.pack_2to4(values), scale
 
 
 @pytest.mark.parametrize("op", PORTABLE)

@@ -30,7 +30,7 @@ class Weight(ctypes.Structure):
     """`DecodeWeight` of csrc/cuda/sparse_linear_decode.h."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("values", "codes", "bias", "y")]
-    _fields_ += [("out_features", ctypes.c_int)]
+    _fields_ += [("out_features", ctypes.c_int), ("row_scales", ctypes.c_void_p)]
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,12 @@ VARIANTS = (
     ),
     variant("project_2to4", "w:i16 out:i16", EXACT | {"score_ptr": None}, (1, 1)),
     variant("mask_2to4", "score:i16 out:u8", EXACT, (1, 0)),
+    variant(
+        "quantize_fp8",
+        "w:bf16 values:u8 scale:fp32",
+        {"scale_in_ptr": None, "BLOCK": 2048},
+        (2, 1),
+    ),
     variant("is_2to4", "w:i16 result:u8", EXACT, (1, 0)),
     variant("pack_2to4", "w:i16 values:i16 codes:u8", {"PADDED": False, "BLOCK": BLOCK}, (1, 0)),
     variant(

@@ -28,6 +28,7 @@ from proxsparse.kernels.pack_2to4 import pack_2to4_triton
 from proxsparse.kernels.project_2to4 import project_2to4_triton
 from proxsparse.kernels.prox_2to4 import _prox_2to4_kernel, prox_2to4_triton
 from proxsparse.kernels.prox_adamw import prox_adamw_triton
+from proxsparse.kernels.quantize_fp8 import quantize_fp8_triton
 from proxsparse.kernels.sparse_linear_decode import sparse_linear_decode_triton
 from proxsparse.kernels.unpack_2to4 import unpack_2to4_triton
 
@@ -526,3 +527,45 @@ def test_unpacks_tiles_of_codes(n: int, k: int) -> None:
     w = reference.project_2to4(random((n, k), torch.bfloat16))
     values, codes = reference.pack_2to4(w)
     assert same_bits(unpack_2to4_triton(values, reference.tile_codes(codes)), w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (3, 448), (0, 8), (3, 0)])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_quantize_fp8_is_bitwise_the_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, is_given: bool
+) -> None:
+    w = random(shape, dtype)
+    w[..., ::3] *= 1e-3  # among them subnormal numbers, and such as become zero
+    given = torch.rand(shape[:-1]).to(DEVICE) * 0.01 + 1e-4 if is_given else None
+    values, scale = quantize_fp8_triton(w, given)
+    expected, expected_scale = reference.quantize_fp8(w, given)
+    assert values.dtype == torch.float8_e4m3fn and values.shape == w.shape
+    assert torch.equal(scale, expected_scale) and scale.shape == w.shape[:-1]
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_quantize_fp8_rounds_every_half_to_even_and_spreads_nan() -> None:
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    halves = (codes[1:] + codes[:-1]) / 2
+    near = torch.cat((halves * (1 - 2**-20), halves, halves * (1 + 2**-20), codes))
+    w = torch.stack((near, -near)).to(DEVICE)
+    ones = torch.ones(2, device=DEVICE)
+    values, _ = quantize_fp8_triton(w, ones)
+    assert torch.equal(
+        values.view(torch.uint8), reference.quantize_fp8(w, ones)[0].view(torch.uint8)
+    )
+    w = torch.tensor([[1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [0, -0.0, 0]], device=DEVICE)
+    values, scale = quantize_fp8_triton(w)
+    expected, expected_scale = reference.quantize_fp8(w)
+    assert torch.equal(values.float().isnan(), expected.float().isnan())
+    assert torch.equal(scale.isnan(), expected_scale.isnan()) and scale[2] == 1
+    assert values[2].view(torch.uint8).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpack_moves_8_bit_values(shape: tuple[int, ...]) -> None:
+    w = reference.quantize_fp8(reference.project_2to4(random(shape)))[0]
+    values, codes = reference.pack_2to4(w)
+    dense = unpack_2to4_triton(values.view(torch.uint8), codes)
+    assert dense.dtype == torch.uint8 and torch.equal(dense, w.view(torch.uint8))

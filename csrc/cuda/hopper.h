@@ -244,10 +244,10 @@ __device__ __forceinline__ std::uint64_t descriptor(Operand operand) {
   return std::uint64_t{8 * kRowBytes >> 4} << 32 | kSwizzle << 62 | operand.low;
 }
 
-#define PROXSPARSE_WGMMA(TOKENS, TYPE, SUMS, REST, ADDS, ...)                                      \
+#define PROXSPARSE_WGMMA(TOKENS, TYPE, SIGNS, SUMS, REST, ADDS, ...)                               \
   asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS                                      \
-               ", 0;\nwgmma.mma_async.sp.sync.aligned.m64n" TOKENS "k32.f32." TYPE " {" SUMS       \
-               "}, " REST ", adds, 1, 1, 0, 0;\n}"                                                 \
+               ", 0;\nwgmma.mma_async.sp.sync.aligned.m64n" TOKENS TYPE " {" SUMS "}, " REST       \
+               ", adds, " SIGNS ";\n}"                                                             \
                : __VA_ARGS__                                                                       \
                : "l"(descriptor<kRowBytes>(w)), "l"(descriptor(x)), "r"(metadata), "n"(kSelector), \
                  "r"(adds))
@@ -263,60 +263,68 @@ __device__ __forceinline__ std::uint64_t descriptor(Operand operand) {
 #define PROXSPARSE_SUMS64(i)                                                  \
   PROXSPARSE_SUMS16(i), PROXSPARSE_SUMS16(i + 16), PROXSPARSE_SUMS16(i + 32), \
       PROXSPARSE_SUMS16(i + 48)
-#define PROXSPARSE_PRODUCT(TYPE)                                                                  \
-  if constexpr (kTokens == 8) {                                                                   \
-    PROXSPARSE_WGMMA("8", TYPE, "%0, %1, %2, %3", "%4, %5, %6, %7", "%8", PROXSPARSE_SUMS4(0));   \
-  } else if constexpr (kTokens == 16) {                                                           \
-    PROXSPARSE_WGMMA("16", TYPE, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12",     \
-                     PROXSPARSE_SUMS4(0), PROXSPARSE_SUMS4(4));                                   \
-  } else if constexpr (kTokens == 32) {                                                           \
-    PROXSPARSE_WGMMA("32", TYPE, PROXSPARSE_TEN() "%10, %11, %12, %13, %14, %15",                 \
-                     "%16, %17, %18, %19", "%20", PROXSPARSE_SUMS16(0));                          \
-  } else if constexpr (kTokens == 64) {                                                           \
-    PROXSPARSE_WGMMA("64", TYPE, PROXSPARSE_TEN() PROXSPARSE_TEN(1) PROXSPARSE_TEN(2) "%30, %31", \
-                     "%32, %33, %34, %35", "%36", PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16));   \
-  } else if constexpr (kTokens == 128) {                                                          \
-    PROXSPARSE_WGMMA("128", TYPE, PROXSPARSE_SIXTY "%60, %61, %62, %63", "%64, %65, %66, %67",    \
-                     "%68", PROXSPARSE_SUMS64(0));                                                \
-  } else if constexpr (kTokens == 96) {                                                           \
-    PROXSPARSE_WGMMA("96", TYPE,                                                                  \
-                     PROXSPARSE_TEN() PROXSPARSE_TEN(1) PROXSPARSE_TEN(2)                         \
-                         PROXSPARSE_TEN(3) "%40, %41, %42, %43, %44, %45, %46, %47",              \
-                     "%48, %49, %50, %51", "%52", PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16),    \
-                     PROXSPARSE_SUMS16(32));                                                      \
-  } else if constexpr (kTokens == 160) {                                                          \
-    PROXSPARSE_WGMMA("160", TYPE,                                                                 \
+#define PROXSPARSE_PRODUCT(TYPE, SIGNS)                                                                    \
+  if constexpr (kTokens == 8) {                                                                            \
+    PROXSPARSE_WGMMA("8", TYPE, SIGNS, "%0, %1, %2, %3", "%4, %5, %6, %7", "%8",                           \
+                     PROXSPARSE_SUMS4(0));                                                                 \
+  } else if constexpr (kTokens == 16) {                                                                    \
+    PROXSPARSE_WGMMA("16", TYPE, SIGNS, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11",              \
+                     "%12", PROXSPARSE_SUMS4(0), PROXSPARSE_SUMS4(4));                                     \
+  } else if constexpr (kTokens == 32) {                                                                    \
+    PROXSPARSE_WGMMA("32", TYPE, SIGNS, PROXSPARSE_TEN() "%10, %11, %12, %13, %14, %15",                   \
+                     "%16, %17, %18, %19", "%20", PROXSPARSE_SUMS16(0));                                   \
+  } else if constexpr (kTokens == 64) {                                                                    \
+    PROXSPARSE_WGMMA("64", TYPE, SIGNS,                                                                    \
+                     PROXSPARSE_TEN() PROXSPARSE_TEN(1) PROXSPARSE_TEN(2) "%30, %31",                      \
+                     "%32, %33, %34, %35", "%36", PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16));            \
+  } else if constexpr (kTokens == 128) {                                                                   \
+    PROXSPARSE_WGMMA("128", TYPE, SIGNS, PROXSPARSE_SIXTY "%60, %61, %62, %63",                            \
+                     "%64, %65, %66, %67", "%68", PROXSPARSE_SUMS64(0));                                   \
+  } else if constexpr (kTokens == 96) {                                                                    \
+    PROXSPARSE_WGMMA("96", TYPE, SIGNS,                                                                    \
+                     PROXSPARSE_TEN() PROXSPARSE_TEN(1) PROXSPARSE_TEN(2)                                  \
+                         PROXSPARSE_TEN(3) "%40, %41, %42, %43, %44, %45, %46, %47",                       \
+                     "%48, %49, %50, %51", "%52", PROXSPARSE_SUMS16(0), PROXSPARSE_SUMS16(16),             \
+                     PROXSPARSE_SUMS16(32));                                                               \
+  } else if constexpr (kTokens == 160) {                                                                   \
+    PROXSPARSE_WGMMA("160", TYPE, SIGNS,                                                                 \
                      PROXSPARSE_SIXTY PROXSPARSE_TEN(6) "%70, %71, %72, %73, %74, %75, %76, %77, "\
                      "%78, %79", "%80, %81, %82, %83", "%84", PROXSPARSE_SUMS64(0),               \
-                     PROXSPARSE_SUMS16(64));                                                      \
-  } else if constexpr (kTokens == 192) {                                                          \
-    PROXSPARSE_WGMMA("192", TYPE,                                                                 \
-                     PROXSPARSE_SIXTY PROXSPARSE_TEN(6) PROXSPARSE_TEN(7)                         \
-                         PROXSPARSE_TEN(8) "%90, %91, %92, %93, %94, %95",                        \
-                     "%96, %97, %98, %99", "%100", PROXSPARSE_SUMS64(0), PROXSPARSE_SUMS16(64),   \
-                     PROXSPARSE_SUMS16(80));                                                      \
-  } else {                                                                                        \
-    PROXSPARSE_WGMMA("256", TYPE,                                                                 \
-                     PROXSPARSE_SIXTY PROXSPARSE_TEN(6) PROXSPARSE_TEN(7) PROXSPARSE_TEN(8)       \
-                         PROXSPARSE_TEN(9) PROXSPARSE_TEN(10)                                     \
-                             PROXSPARSE_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127", \
-                     "%128, %129, %130, %131", "%132", PROXSPARSE_SUMS64(0),                      \
-                     PROXSPARSE_SUMS64(64));                                                      \
+                     PROXSPARSE_SUMS16(64)); \
+  } else if constexpr (kTokens == 192) {                                                                   \
+    PROXSPARSE_WGMMA("192", TYPE, SIGNS,                                                                   \
+                     PROXSPARSE_SIXTY PROXSPARSE_TEN(6) PROXSPARSE_TEN(7)                                  \
+                         PROXSPARSE_TEN(8) "%90, %91, %92, %93, %94, %95",                                 \
+                     "%96, %97, %98, %99", "%100", PROXSPARSE_SUMS64(0), PROXSPARSE_SUMS16(64),            \
+                     PROXSPARSE_SUMS16(80));                                                               \
+  } else {                                                                                                 \
+    PROXSPARSE_WGMMA("256", TYPE, SIGNS,                                                                   \
+                     PROXSPARSE_SIXTY PROXSPARSE_TEN(6) PROXSPARSE_TEN(7) PROXSPARSE_TEN(8)                \
+                         PROXSPARSE_TEN(9) PROXSPARSE_TEN(10)                                              \
+                             PROXSPARSE_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127",          \
+                     "%128, %129, %130, %131", "%132", PROXSPARSE_SUMS64(0),                               \
+                     PROXSPARSE_SUMS64(64));                                                               \
   }
+
+struct Fp8 {};  // stands for numbers of 8 bits, e4m3
 
 // Begins sum[64 rows, kTokens] += w[64, 32] x[32, kTokens] with a 2:4 w, of which the 16 kept
 // columns, in a tile with rows of kRowBytes, and their positions are given; without `adds`, the sum
-// begins anew. All 128 threads of a warpgroup together. Neither operand nor sum may be touched
-// before `wait_for_products`.
+// begins anew. With numbers of 8 bits, these are as many bytes: 64 columns, of which 32 are kept.
+// All 128 threads of a warpgroup together. Neither operand nor sum may be touched before
+// `wait_for_products`.
 template <typename T, int kTokens, int kSelector, int kRowBytes = kTileRowBytes>
 __device__ __forceinline__ void multiply_add_2to4(float (&sum)[kTokens / 2], Operand w, Operand x,
                                                   std::uint32_t metadata, int adds = 1) {
   static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64 || kTokens == 96 ||
                 kTokens == 128 || kTokens == 160 || kTokens == 192 || kTokens == 256);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    PROXSPARSE_PRODUCT("bf16.bf16")
+  if constexpr (std::is_same_v<T, Fp8>) {
+    static_assert(kSelector == 0);
+    PROXSPARSE_PRODUCT("k64.f32.e4m3.e4m3", "1, 1")
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    PROXSPARSE_PRODUCT("k32.f32.bf16.bf16", "1, 1, 0, 0")
   } else {
-    PROXSPARSE_PRODUCT("f16.f16")
+    PROXSPARSE_PRODUCT("k32.f32.f16.f16", "1, 1, 0, 0")
   }
 }
 

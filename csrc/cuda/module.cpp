@@ -31,7 +31,7 @@ void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 #ifdef PROXSPARSE_HAS_KERNELS
 // One of our kernels, in one of its layouts, for weights of one shape.
-template <typename Layout>
+template <typename Layout, bool kIsFp8 = false>
 struct Kernel {
   bool is_bfloat16;  // else float16
   int n, k;
@@ -39,9 +39,11 @@ struct Kernel {
 };
 using Decode = Kernel<proxsparse::DecodeLayout>;
 using Prefill = Kernel<proxsparse::PrefillLayout>;
+using DecodeFp8 = Kernel<proxsparse::DecodeLayout, true>;
+using PrefillFp8 = Kernel<proxsparse::PrefillLayout, true>;
 
-template <typename Layout, typename... Fields>
-Kernel<Layout> make_kernel(int type, int n, int k, Fields... fields) {
+template <typename Layout, bool kIsFp8 = false, typename... Fields>
+Kernel<Layout, kIsFp8> make_kernel(int type, int n, int k, Fields... fields) {
   return {static_cast<ValueType>(type) == ValueType::kBFloat16, n, k, {fields...}};
 }
 
@@ -49,12 +51,14 @@ DecodeWeight make_weight(int n, Address values, Address codes, Address bias, Add
   return {pointer(values), pointer(codes), pointer(bias), pointer(out), n};
 }
 
+const float* scales(Address address) { return static_cast<const float*>(pointer(address)); }
+
 void decode(bool is_bfloat16, int tokens, int k, Address x, const DecodeWeight* weights,
-            int num_weights, proxsparse::DecodeLayout layout, bool may_start_early,
-            Address stream) {
-  const char* error =
-      proxsparse::sparse_linear_decode({pointer(x), weights, num_weights, tokens, k, k, is_bfloat16,
-                                        layout, may_start_early, pointer(stream)});
+            int num_weights, proxsparse::DecodeLayout layout, bool may_start_early, Address stream,
+            bool is_fp8 = false, Address token_scales = 0) {
+  const char* error = proxsparse::sparse_linear_decode(
+      {pointer(x), weights, num_weights, tokens, k, k, is_bfloat16, layout, may_start_early,
+       pointer(stream), is_fp8, scales(token_scales)});
   if (error == nullptr) return;
   std::string shapes;
   for (int i = 0; i < num_weights; ++i) {
@@ -142,8 +146,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("has_kernels") = true;
   m.attr("MAX_DECODE_WEIGHTS") = proxsparse::kMaxDecodeWeights;
   py::class_<Decode>(m, "Decode")
-      .def(py::init(&make_kernel<proxsparse::DecodeLayout, int, int, int>), py::arg("type"), py::arg("n"),
-           py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
+      .def(py::init(&make_kernel<proxsparse::DecodeLayout, false, int, int, int>), py::arg("type"),
+           py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
       .def(
           "__call__",
           [](const Decode& kernel, int tokens, Address x, Address values, Address codes,
@@ -166,8 +170,8 @@ PYBIND11_MODULE(_cuda, m) {
       unlocked());
   m.def("capture_of", [](Address stream) { return proxsparse::capture_of(pointer(stream)); });
   py::class_<Prefill>(m, "Prefill")
-      .def(py::init(&make_kernel<proxsparse::PrefillLayout, int, int, int>), py::arg("type"), py::arg("n"),
-           py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
+      .def(py::init(&make_kernel<proxsparse::PrefillLayout, false, int, int, int>), py::arg("type"),
+           py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
       .def(
           "__call__",
           [](const Prefill& kernel, int tokens, Address x, Address values, Address codes,
@@ -177,6 +181,35 @@ PYBIND11_MODULE(_cuda, m) {
                             pointer(out), tokens, kernel.k, kernel.n, kernel.k, kernel.is_bfloat16,
                             kernel.layout, may_start_early, pointer(workspace), workspace_bytes,
                             static_cast<int*>(pointer(signals)), pointer(stream)});
+          },
+          unlocked());
+  py::class_<DecodeFp8>(m, "DecodeFp8")
+      .def(py::init(&make_kernel<proxsparse::DecodeLayout, true, int, int, int>), py::arg("type"),
+           py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("depth"), py::arg("splits"))
+      .def(
+          "__call__",
+          [](const DecodeFp8& kernel, int tokens, Address x, Address token_scales, Address values,
+             Address codes, Address row_scales, Address bias, Address out, bool may_start_early,
+             Address stream) {
+            DecodeWeight weight = make_weight(kernel.n, values, codes, bias, out);
+            weight.row_scales = scales(row_scales);
+            decode(kernel.is_bfloat16, tokens, kernel.k, x, &weight, 1, kernel.layout,
+                   may_start_early, stream, true, token_scales);
+          },
+          unlocked());
+  py::class_<PrefillFp8>(m, "PrefillFp8")
+      .def(py::init(&make_kernel<proxsparse::PrefillLayout, true, int, int, int>), py::arg("type"),
+           py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("tokens"), py::arg("cluster"))
+      .def(
+          "__call__",
+          [](const PrefillFp8& kernel, int tokens, Address x, Address token_scales, Address values,
+             Address codes, Address row_scales, Address bias, Address out, bool may_start_early,
+             Address stream, Address signals, Address workspace, std::size_t workspace_bytes) {
+            return prefill({pointer(x), pointer(values), pointer(codes), pointer(bias),
+                            pointer(out), tokens, kernel.k, kernel.n, kernel.k, kernel.is_bfloat16,
+                            kernel.layout, may_start_early, pointer(workspace), workspace_bytes,
+                            static_cast<int*>(pointer(signals)), pointer(stream), true,
+                            scales(token_scales), scales(row_scales)});
           },
           unlocked());
 #else

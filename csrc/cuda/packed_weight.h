@@ -71,16 +71,23 @@ struct alignas(2 * sizeof(T)) Pair {
 };
 
 // Adds the partial sums of a block's column groups, and of the blocks of its cluster, in a fixed
-// order, and stores the results; all threads together.
+// order, and stores the results, times the scales of row and token where there are any; all threads
+// together.
 template <typename T, int kRows, int kTokens, int kGroups, int kSumStride, int kThreads>
 __device__ __forceinline__ void store_sums(float* partial, const T* bias, T* y, int M, int N,
-                                           int first_row, int part, int splits) {
+                                           int first_row, int part, int splits,
+                                           const float* row_scales = nullptr,
+                                           const float* token_scales = nullptr) {
   constexpr int kPairs = kRows / 2;
   const int thread = threadIdx.x;
   const auto store = [&](int m, int row, float first, float second) {
     const int n = first_row + row;
     if (n >= N) return;
     const bool has_second = n + 1 < N;
+    if (row_scales != nullptr) {
+      first *= token_scales[m] * row_scales[n];
+      if (has_second) second *= token_scales[m] * row_scales[n + 1];
+    }
     if (bias != nullptr) first += to_float(bias[n]);
     if (bias != nullptr && has_second) second += to_float(bias[n + 1]);
     T* to = y + static_cast<std::int64_t>(m) * N + n;

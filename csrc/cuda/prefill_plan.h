@@ -68,7 +68,7 @@ constexpr double kExtraClocks = 3300;  // of kPartClocks, which the last part of
 inline Plan make_plan(const PrefillCall& call, const Device& device) {
   const auto divide = [](int n, int by) { return (n + by - 1) / by; };
   const auto fits = [](int asked, int value) { return asked == 0 || asked == value; };
-  const int chunks = call.in_features / kStep;
+  const int chunks = call.in_features / (call.is_fp8 ? 2 * kStep : kStep);
   Plan best;
   double least = 0;
   const auto consider = [&](double clocks, const Plan& plan) {
@@ -81,6 +81,9 @@ inline Plan make_plan(const PrefillCall& call, const Device& device) {
         !fits(call.layout.cluster, layout.cluster)) {
       return;
     }
+    // In FP8 those that were built; with twice the metadata, 256 rows leave too few registers.
+    const bool is_built = layout.rows == 128 && (layout.tokens & (layout.tokens - 1)) == 0;
+    if (call.is_fp8 && !is_built) return;
     const Tiles tiles = {divide(call.out_features, layout.rows * layout.cluster),
                          divide(call.tokens, layout.tokens)};
     const int count = tiles.count(), most = std::max(device.multiprocessors / layout.cluster, 1);

@@ -334,10 +334,14 @@ const char* sparse_linear_decode(const DecodeCall& call) {
   if (call.num_weights < 1 || call.num_weights > kMaxDecodeWeights)
     return "1 to 4 weights are supported";
   if (call.in_features % kStep != 0) return "in_features must be a multiple of 64";
+  if (call.is_fp8 && call.in_features % (2 * kStep) != 0) {
+    return "with numbers of 8 bits in_features must be a multiple of 128";
+  }
   const auto misaligned = [](const void* p) {
     return reinterpret_cast<std::uintptr_t>(p) % kPiece != 0;
   };
-  bool is_misaligned = misaligned(call.x) || call.x_stride % 8 != 0;
+  bool is_misaligned = misaligned(call.x) || call.x_stride % (call.is_fp8 ? 16 : 8) != 0;
+  bool has_scales = call.token_scales != nullptr;
   for (int i = 0; i < call.num_weights; ++i) {
     const DecodeWeight& weight = call.weights[i];
     if (static_cast<std::int64_t>(weight.out_features) * call.in_features >= std::int64_t{1}
@@ -345,13 +349,16 @@ const char* sparse_linear_decode(const DecodeCall& call) {
       return "a weight must have fewer than 2^32 entries";
     }
     is_misaligned = is_misaligned || misaligned(weight.values) || misaligned(weight.codes);
+    has_scales = has_scales && weight.row_scales != nullptr;
   }
+  if (call.is_fp8 && !has_scales) return "numbers of 8 bits need scales of rows and tokens";
   if (is_misaligned) return "x, values, codes and the rows of x must be aligned to 16 bytes";
   int index = 0;
   const Device* device = current_device(index);
   if (device == nullptr) return "the attributes of the current device cannot be read";
   if (device->major < 8) return "sparse tensor cores need compute capability 8.0";
   if (device->major == 9) return sparse_linear_decode_hopper(call, index, *device);
+  if (call.is_fp8) return "with numbers of 8 bits compute capability 9.0 is needed";
   if (call.tokens > kMaxDecodeTokens) return "1 to 64 tokens are supported";
   const char* error = nullptr;
   for (int i = 0; i < call.num_weights && error == nullptr; ++i) {

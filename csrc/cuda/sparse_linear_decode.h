@@ -19,25 +19,32 @@ struct DecodeLayout {
 // A weight W [N, K] and where its product goes.
 struct DecodeWeight {
   const void* values;  // [N, K/2]
-  const void* codes;   // uint8 [ceil(N/64), K/32, 256], from `reference.tile_codes`
-  const void* bias;    // [N], or null
-  void* y;             // [M, N], contiguous
-  int out_features;    // N
+  // uint8 [ceil(N/64), K/32, 256], from `reference.tile_codes`; in FP8 [ceil(N/64), K/64, 512],
+  // from `reference.tile_codes_8_bit`.
+  const void* codes;
+  const void* bias;                   // [N], or null
+  void* y;                            // [M, N], contiguous
+  int out_features;                   // N
+  const float* row_scales = nullptr;  // [N], in FP8
 };
 
 // y[M, N] = x[M, K] W[N, K]^T + bias, for weights that are multiplied with the same x. All pointers
-// are device memory, 16-byte aligned; the rows of x are x_stride elements apart.
+// are device memory, and but for bias and scales 16-byte aligned; the rows of x are x_stride
+// elements apart. In FP8, on Hopper, x and W are numbers of 8 bits (e4m3), and y = x W^T *
+// token_scales[M] * row_scales[N] + bias; K is then a multiple of 128.
 struct DecodeCall {
   const void* x;
   const DecodeWeight* weights;
   int num_weights, tokens, in_features;
   std::int64_t x_stride;
-  bool is_bfloat16;  // else float16
+  bool is_bfloat16;  // y and bias, and but for FP8 x and W; else float16
   DecodeLayout layout;
   // Whether the weights were complete before the kernel that is queued ahead of this one began:
   // then they may be read while that one ends.
   bool may_start_early;
   void* stream;
+  bool is_fp8 = false;
+  const float* token_scales = nullptr;  // [M]
 };
 
 // Queues the products on the stream of the current device. Returns null, or what is wrong.

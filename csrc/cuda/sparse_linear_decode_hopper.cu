@@ -12,6 +12,10 @@
 //
 // The form of the weight, the rows of a block and the split of the columns over a cluster are those
 // of sparse_linear_decode.cu. Every sum has a fixed order: results are bitwise reproducible.
+//
+// In FP8 all this holds byte for byte, with twice as many columns in as many bytes. Columns are
+// counted in 16 bits here, so they are two each. The codes are twice as many bytes, in tiles of
+// another kind, and each product has a register of its own of them.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -33,9 +37,13 @@ constexpr int kWarpgroups = 2, kMultipliers = 128 * kWarpgroups, kThreads = kMul
 constexpr int kMaxStages = 16, kStagesAt = 1024;  // before them, two barriers for each
 
 // The constants of one kernel.
-template <typename Scalar, int rows, int tokens>
+template <typename Scalar, int rows, int tokens, typename Factor = Scalar>
 struct Shape {
   using T = Scalar;
+  using Input = Factor;
+  static constexpr bool kIs8Bit = std::is_same_v<Factor, Fp8>;
+  static constexpr int kPerWord = kIs8Bit ? 2 : 1;         // numbers in 16 bits
+  static constexpr int kTileBytes = kCodeTile * kPerWord;  // codes of 64 rows and 32 columns
   static constexpr int kRows = rows, kTokens = tokens;
   // Warpgroups split the rows, of which a product takes 64. Where there are but 64, they take turns
   // at the chunks.
@@ -45,14 +53,14 @@ struct Shape {
   static constexpr int kTokensAt = rows * kTileRowBytes;
   static constexpr int kTokenTile = tokens * kTileRowBytes;  // 64 columns
   static constexpr int kCodesAt = kTokensAt + kSteps * kTokenTile;
-  static constexpr int kCodeBytes = kColumns / kCodeColumns * kCodeTile;  // of 64 rows
+  static constexpr int kCodeBytes = kColumns / kCodeColumns * kTileBytes;  // of 64 rows
   static constexpr int kStageBytes = kCodesAt + rows / kCodeRows * kCodeBytes;
   static constexpr int kMostSharedBytes = 227 * 1024;
   static constexpr int kSumStride = rows + 4;  // of a token; the 4 spread a warp over all banks
   static constexpr int kSumBytes = kColumnGroups * tokens * kSumStride * 4;
   static_assert(kStageBytes % kTileAlignment == 0 && 2 * kStageBytes >= kSumBytes);
   // On a multiprocessor, for which registers are set aside.
-  static constexpr int kBlocks = kRowTiles * tokens > 128 ? 1 : 2;
+  static constexpr int kBlocks = kRowTiles * tokens * kPerWord > 128 ? 1 : 2;
 };
 
 template <typename T>
@@ -60,6 +68,7 @@ struct Weight {
   TileMap values;
   const std::uint8_t* codes;
   const T* bias;
+  const float* scales;  // of its rows, in FP8
   T* y;
   int N, end;  // of its tiles of rows, among those of all weights
 };
@@ -73,7 +82,8 @@ template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks)
     sparse_linear_decode_hopper_kernel(const __grid_constant__ TileMap x,
                                        const __grid_constant__ Weights<typename S::T> weights,
-                                       int M, int K, int token_tiles, int splits, int stages) {
+                                       const float* token_scales, int M, int K, int token_tiles,
+                                       int splits, int stages) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -110,13 +120,13 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
     const auto load_weight = [&](int i, int stage) {
       unsigned char* to = ring + stage * S::kStageBytes;
       const int column = (begin + i) * kColumns;
-      const int code_bytes = columns_left(i) / kCodeColumns * kCodeTile;
+      const int code_bytes = columns_left(i) / kCodeColumns * S::kTileBytes;
       arrive_and_expect(landed + stage, S::kCodesAt + S::kRows / kCodeRows * code_bytes);
       copy_tile(to, weight.values, first_row, column / 2, landed + stage);
       for (int j = 0; j < S::kRows / kCodeRows; ++j) {
         const std::int64_t tile_row = min(first_row + j * kCodeRows, N - 1) / kCodeRows;
         const std::int64_t tile = tile_row * (K / kCodeColumns) + column / kCodeColumns;
-        copy_bytes(to + S::kCodesAt + j * S::kCodeBytes, weight.codes + tile * kCodeTile,
+        copy_bytes(to + S::kCodesAt + j * S::kCodeBytes, weight.codes + tile * S::kTileBytes,
                    code_bytes, landed + stage);
       }
     };
@@ -147,18 +157,27 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
       wait_for_phase(landed + turn.stage, turn.parity);
       const unsigned char* stage = ring + turn.stage * S::kStageBytes;
       const int steps = columns_left(i) / kStep;
-      std::uint32_t metadata[S::kRowTiles][kSteps];
+      std::uint32_t metadata[S::kRowTiles][kSteps][S::kPerWord];
 #pragma unroll
       for (int tile = 0; tile < S::kRowTiles; ++tile) {
         const unsigned char* from =
             stage + S::kCodesAt + (row_group * S::kRowTiles + tile) * S::kCodeBytes;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          const CodePlace place = code_place(step, warp % 4, lane);
           // Past the last column there are no codes: any that are valid do, to select among zeros.
-          metadata[tile][step] =
-              step < steps ? metadata_of(from + place.piece * kPiece + place.offset, lane % 2)
-                           : 0x44444444;
+          if constexpr (S::kIs8Bit) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int at = (step * 2 + half) * S::kTileBytes + (warp % 4 * 32 + lane) * 4;
+              metadata[tile][step][half] =
+                  step < steps ? *reinterpret_cast<const std::uint32_t*>(from + at) : 0x44444444;
+            }
+          } else {
+            const CodePlace place = code_place(step, warp % 4, lane);
+            metadata[tile][step][0] =
+                step < steps ? metadata_of(from + place.piece * kPiece + place.offset, lane % 2)
+                             : 0x44444444;
+          }
         }
       }
       begin_products();
@@ -171,7 +190,8 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
           for (int tile = 0; tile < S::kRowTiles; ++tile) {
             const int row = (row_group * S::kRowTiles + tile) * 64;
             const unsigned char* a = stage + row * kTileRowBytes + step * 64 + kHalf * 32;
-            multiply_add_2to4<T, S::kTokens, kHalf>(sums[tile], a, b, metadata[tile][step]);
+            multiply_add_2to4<typename S::Input, S::kTokens, S::kIs8Bit ? 0 : kHalf>(
+                sums[tile], a, b, metadata[tile][step][S::kIs8Bit ? kHalf : 0]);
           }
         };
         half_step(std::integral_constant<int, 0>());
@@ -182,7 +202,9 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
 #pragma unroll
       for (int tile = 0; tile < S::kRowTiles; ++tile) {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) keep(metadata[tile][step]);
+        for (int i = 0; i < kSteps * S::kPerWord; ++i) {
+          keep(metadata[tile][i / S::kPerWord][i % S::kPerWord]);
+        }
       }
       arrive(read + turn.stage);
       turn.advance(S::kColumnGroups, stages);
@@ -209,7 +231,8 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   __syncthreads();
   store_sums<T, S::kRows, S::kTokens, S::kColumnGroups, S::kSumStride, kThreads>(
       partial, weight.bias, weight.y + static_cast<std::int64_t>(first_token) * N,
-      min(M - first_token, S::kTokens), N, first_row, part, splits);
+      min(M - first_token, S::kTokens), N, first_row, part, splits, weight.scales,
+      S::kIs8Bit ? token_scales + first_token : nullptr);
 }
 
 template <typename S>
@@ -225,7 +248,8 @@ const char* launch(const DecodeCall& call, int index, const Device& device,
   // ahead of the other would take the other's chunk for its next.
   stages -= stages % S::kColumnGroups;
   TileMap x;
-  const char* error = describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride,
+  const int columns = call.in_features / S::kPerWord;
+  const char* error = describe_tiles(&x, call.x, call.tokens, columns, call.x_stride / S::kPerWord,
                                      S::kTokens, call.is_bfloat16);
   Weights<T> weights;
   int row_tiles = 0;
@@ -235,36 +259,37 @@ const char* launch(const DecodeCall& call, int index, const Device& device,
     Weight<T>& to = weights.of[i];
     to.codes = static_cast<const std::uint8_t*>(from.codes);
     to.bias = static_cast<const T*>(from.bias);
+    to.scales = S::kIs8Bit ? from.row_scales : nullptr;
     to.y = static_cast<T*>(from.y);
     to.N = from.out_features;
     to.end = row_tiles;
-    error = describe_tiles(&to.values, from.values, from.out_features, call.in_features / 2,
-                           call.in_features / 2, S::kRows, call.is_bfloat16);
+    error = describe_tiles(&to.values, from.values, from.out_features, columns / 2, columns / 2,
+                           S::kRows, call.is_bfloat16);
   }
   if (error != nullptr) return error;
   const int token_tiles = (call.tokens + S::kTokens - 1) / S::kTokens;
   return launch_kernel<S>(sparse_linear_decode_hopper_kernel<S>, call, device, index,
                           row_tiles * token_tiles * layout.splits, layout.splits, kThreads,
-                          kStagesAt + stages * S::kStageBytes, x, weights, call.tokens,
-                          call.in_features, token_tiles, layout.splits, stages);
+                          kStagesAt + stages * S::kStageBytes, x, weights, call.token_scales,
+                          call.tokens, columns, token_tiles, layout.splits, stages);
 }
 
-template <typename T, int tokens>
+template <typename T, typename Input, int tokens>
 const char* launch_for_tokens(const DecodeCall& call, int index, const Device& device,
                               const DecodeLayout& layout) {
-  if (layout.rows == 256) return launch<Shape<T, 256, tokens>>(call, index, device, layout);
-  if (layout.rows == 128) return launch<Shape<T, 128, tokens>>(call, index, device, layout);
-  return launch<Shape<T, 64, tokens>>(call, index, device, layout);
+  if (layout.rows == 256) return launch<Shape<T, 256, tokens, Input>>(call, index, device, layout);
+  if (layout.rows == 128) return launch<Shape<T, 128, tokens, Input>>(call, index, device, layout);
+  return launch<Shape<T, 64, tokens, Input>>(call, index, device, layout);
 }
 
-template <typename T>
+template <typename T, typename Input>
 const char* launch_for_type(const DecodeCall& call, int index, const Device& device,
                             const DecodeLayout& layout) {
-  if (call.tokens <= 8) return launch_for_tokens<T, 8>(call, index, device, layout);
-  if (call.tokens <= 16) return launch_for_tokens<T, 16>(call, index, device, layout);
-  if (call.tokens <= 32) return launch_for_tokens<T, 32>(call, index, device, layout);
-  if (call.tokens <= 64) return launch_for_tokens<T, 64>(call, index, device, layout);
-  return launch_for_tokens<T, 128>(call, index, device, layout);
+  if (call.tokens <= 8) return launch_for_tokens<T, Input, 8>(call, index, device, layout);
+  if (call.tokens <= 16) return launch_for_tokens<T, Input, 16>(call, index, device, layout);
+  if (call.tokens <= 32) return launch_for_tokens<T, Input, 32>(call, index, device, layout);
+  if (call.tokens <= 64) return launch_for_tokens<T, Input, 64>(call, index, device, layout);
+  return launch_for_tokens<T, Input, 128>(call, index, device, layout);
 }
 
 // What was fastest on an H200, without trying, or within some percent of it. Half as many blocks
@@ -303,8 +328,13 @@ DecodeLayout choose_layout(const DecodeCall& call, const Device& device) {
 const char* sparse_linear_decode_hopper(const DecodeCall& call, int index, const Device& device) {
   if (call.tokens > kMaxHopperTokens) return "1 to 256 tokens are supported";
   const DecodeLayout layout = choose_layout(call, device);
-  return call.is_bfloat16 ? launch_for_type<__nv_bfloat16>(call, index, device, layout)
-                          : launch_for_type<__half>(call, index, device, layout);
+  if (call.is_fp8) {
+    return call.is_bfloat16 ? launch_for_type<__nv_bfloat16, Fp8>(call, index, device, layout)
+                            : launch_for_type<__half, Fp8>(call, index, device, layout);
+  }
+  return call.is_bfloat16
+             ? launch_for_type<__nv_bfloat16, __nv_bfloat16>(call, index, device, layout)
+             : launch_for_type<__half, __half>(call, index, device, layout);
 }
 
 }  // namespace proxsparse

@@ -14,17 +14,20 @@ struct PrefillLayout {
   int cluster = 0;  // blocks that share their tokens: 1 or 2
 };
 
-// y[M, N] = x[M, K] W[N, K]^T + bias. All pointers are device memory, but for the bias 16-byte
-// aligned; the rows of x are x_stride elements apart.
+// y[M, N] = x[M, K] W[N, K]^T + bias. All pointers are device memory, but for bias and scales
+// 16-byte aligned; the rows of x are x_stride elements apart. In FP8 x and W are numbers of 8 bits
+// (e4m3), and y = x W^T * token_scales[M] * row_scales[N] + bias.
 struct PrefillCall {
   const void* x;
   const void* values;  // [N, K/2]
-  const void* codes;   // uint8 [ceil(N/64), K/32, 256], from `reference.tile_codes`
-  const void* bias;    // [N], or null
+  // uint8 [ceil(N/64), K/32, 256], from `reference.tile_codes`; in FP8 [ceil(N/64), K/64, 512],
+  // from `reference.tile_codes_8_bit`.
+  const void* codes;
+  const void* bias;  // [N], or null
   void* y;
-  int tokens, in_features, out_features;  // M, K a multiple of 64, N a multiple of 8
+  int tokens, in_features, out_features;  // M, K a multiple of 64 (FP8: 128), N a multiple of 8
   std::int64_t x_stride;
-  bool is_bfloat16;  // else float16
+  bool is_bfloat16;  // y and bias, and but for FP8 x and W; else float16
   PrefillLayout layout;
   // Whether the weight was complete before the kernel that is queued ahead of this one began: then
   // it may be read while that one ends.
@@ -35,6 +38,9 @@ struct PrefillCall {
   std::size_t workspace_bytes;
   int* signals;
   void* stream;
+  bool is_fp8 = false;
+  const float* token_scales = nullptr;  // [M]
+  const float* row_scales = nullptr;    // [N]
 };
 
 // Queues the product on the stream of the current device. Returns null, or what is wrong. Where the

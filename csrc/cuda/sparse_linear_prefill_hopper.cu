@@ -21,6 +21,11 @@
 // benchmarks/results/NOTES.md: no division, and no loop that ptxas makes where it does not know
 // that a warp's threads agree.
 //
+// In FP8 all this holds byte for byte, with twice as many columns in a stage. Only the codes
+// differ: the places of a row come from one thread, so there are twice as many registers of them,
+// and tiles of another kind. Sums are multiplied by the scales of their row and token when they are
+// whole.
+//
 // Every sum has a fixed order: results are bitwise reproducible.
 
 #include <cuda_bf16.h>
@@ -40,18 +45,23 @@ namespace {
 constexpr int kValueRowBytes = kStep;  // a row of values of a stage: 32 of 16 bits
 constexpr int kSliceRows = kCodeRows;  // of one product
 constexpr int kSliceValueBytes = kSliceRows * kValueRowBytes;
-constexpr int kCodeBytes = kStep * kCodeRows / 8;  // of a stage and a slice
-constexpr int kStagesAt = 1024;                    // before them, barriers
+constexpr int kStagesAt = 1024;                       // before them, barriers
 constexpr int kMostStages = 8, kMostDeepStages = 10;  // these for 96 tokens
-constexpr int kWarpgroups = 2;                     // that multiply
+constexpr int kWarpgroups = 2;                        // that multiply
 constexpr int kWeightWarp = 4 * kWarpgroups, kTokenWarp = kWeightWarp + 1;
 constexpr int kResultWarp = kWeightWarp + 2;
 constexpr int kCopyRegisters = 40, kSumRegisters = 232;  // of a thread
 
-// The constants of one kernel.
-template <typename Scalar, int rows, int tokens>
+// The constants of one kernel: results are of type `Scalar`, operands of `Factor`.
+template <typename Scalar, int rows, int tokens, typename Factor = Scalar>
 struct Shape {
   using T = Scalar;
+  using Input = Factor;
+  static constexpr bool kIs8Bit = std::is_same_v<Factor, Fp8>;
+  static constexpr int kPerWord = kIs8Bit ? 2 : 1;   // numbers in 16 bits
+  static constexpr int kColumns = kStep * kPerWord;  // of a stage, whose rows have as many bytes
+  static constexpr int kCodeBytes = kColumns * kCodeRows / 8;  // of a stage and a slice
+  static constexpr int kMetadata = kPerWord;                   // registers of a slice
   static constexpr int kRows = rows, kTokens = tokens, kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kSlices = rows / kSliceRows / kWarpgroups;  // of a warpgroup
   static constexpr int kSums = kSlices * tokens / 2;               // of a thread
@@ -64,9 +74,8 @@ struct Shape {
       (kBytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
 
   static constexpr int kMostSharedBytes = 227 * 1024;
-  static constexpr int kStages =
-      std::min((kMostSharedBytes - kStagesAt) / kStageBytes,
-               tokens == 96 ? kMostDeepStages : kMostStages);
+  static constexpr int kStages = std::min((kMostSharedBytes - kStagesAt) / kStageBytes,
+                                          tokens == 96 ? kMostDeepStages : kMostStages);
   static constexpr int kSharedBytes = kStagesAt + kStages * kStageBytes;
 
   // The results of a tile leave through stages of the ring, each with an equal part of those of
@@ -130,14 +139,15 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     sparse_linear_prefill_kernel(const __grid_constant__ TileMap x,
                                  const __grid_constant__ TileMap values,
                                  const __grid_constant__ TileMap y, const std::uint8_t* codes,
-                                 const typename S::T* bias, int N, int K, Tiles tiles,
+                                 const typename S::T* bias, const float* row_scales,
+                                 const float* token_scales, int M, int N, int K, Tiles tiles,
                                  int shared_tiles, int extra, int cluster, int clusters, int share,
                                  float4* partial, int* signals) {
   using T = typename S::T;
   unsigned char* shared = dynamic_shared_memory();
   const int thread = threadIdx.x, warp = warp_index(), warpgroup = warp / 4;
   const int part = blockIdx.x % cluster, me = blockIdx.x / cluster;
-  const int chunks = K / kStep;
+  const int chunks = K / S::kColumns;
   Barrier* landed = reinterpret_cast<Barrier*>(shared);
   Barrier* read = landed + S::kStages;
   Barrier* written = read + S::kStages;  // of results
@@ -198,8 +208,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < S::kRows / kSliceRows; ++i) {
           const std::int64_t code_row = min(place.row + i * kCodeRows, N - 1) / kCodeRows;
-          copy_bytes(at + S::kCodesAt + i * kCodeBytes,
-                     codes + (code_row * chunks + chunk) * kCodeBytes, kCodeBytes, barrier);
+          copy_bytes(at + S::kCodesAt + i * S::kCodeBytes,
+                     codes + (code_row * chunks + chunk) * S::kCodeBytes, S::kCodeBytes, barrier);
         }
       });
     } else if (warp == kTokenWarp) {
@@ -251,7 +261,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const CodePlace place = code_place(0, warp % 4, lane);
     const int first_slice = warpgroup * S::kSlices;
     const int codes_at =
-        S::kCodesAt + first_slice * kCodeBytes + place.piece * kPiece + place.offset;
+        S::kCodesAt + first_slice * S::kCodeBytes +
+        (S::kIs8Bit ? (warp % 4 * 32 + lane) * 4 : place.piece * kPiece + place.offset);
     const int values_at = S::kValuesAt + first_slice * kSliceValueBytes;
     const Operand ring_operand = ring;
     // Where results of one token have the 8 rows that this thread points to.
@@ -261,37 +272,46 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         warpgroup * S::kPartBytes + stored_token * kTileRowBytes + stored_piece * kPiece;
 
     float sums[S::kSlices][S::kTokens / 2];
-    std::uint32_t metadata[2][S::kSlices] = {};  // of this chunk and of the one before
-    int before = 0;                              // the stage whose products may be under way
+    constexpr int kMetadata = S::kSlices * S::kMetadata;
+    std::uint32_t metadata[2][kMetadata] = {};  // of this chunk and of the one before
+    int before = 0;                             // the stage whose products may be under way
     Turn turn;
     bool owes_signal = false;
     const auto release = [&](int stage) {  // to all blocks that copy to it
       __syncwarp();                        // every lane has read
       if (lane < cluster) arrive_at(lane, read + stage);
     };
-    const auto keep_all = [&](const std::uint32_t (&values)[S::kSlices]) {
+    const auto keep_all = [&](const std::uint32_t (&values)[kMetadata]) {
 #pragma unroll
-      for (int i = 0; i < S::kSlices; ++i) keep(values[i]);
+      for (int i = 0; i < kMetadata; ++i) keep(values[i]);
     };
     const auto multiply = [&](bool is_first, int mine) {
       wait_for_phase(landed + turn.stage, turn.parity);
       const Operand tokens = ring_operand + turn.stage * S::kStageBytes, w = tokens + values_at;
       const unsigned char* codes = ring + turn.stage * S::kStageBytes + codes_at;
-      std::uint32_t (&of_slices)[S::kSlices] = metadata[mine];
+      std::uint32_t (&of_slices)[kMetadata] = metadata[mine];
 #pragma unroll
       for (int i = 0; i < S::kSlices; ++i) {
-        of_slices[i] = metadata_of(codes + i * kCodeBytes, lane % 2);
+        if constexpr (S::kIs8Bit) {  // of each product a register, as it lies in its tile
+          const unsigned char* of_slice = codes + i * S::kCodeBytes;
+          of_slices[2 * i] = *reinterpret_cast<const std::uint32_t*>(of_slice);
+          of_slices[2 * i + 1] =
+              *reinterpret_cast<const std::uint32_t*>(of_slice + S::kCodeBytes / 2);
+        } else {  // one for both products, of which each takes other threads'
+          of_slices[i] = metadata_of(codes + i * S::kCodeBytes, lane % 2);
+        }
       }
       begin_products();
 #pragma unroll
       for (int i = 0; i < S::kSlices; ++i) {
-        multiply_add_2to4<T, S::kTokens, 0, kValueRowBytes>(sums[i], w + i * kSliceValueBytes,
-                                                            tokens, of_slices[i], !is_first);
+        multiply_add_2to4<typename S::Input, S::kTokens, 0, kValueRowBytes>(
+            sums[i], w + i * kSliceValueBytes, tokens, of_slices[i * S::kMetadata], !is_first);
       }
 #pragma unroll
       for (int i = 0; i < S::kSlices; ++i) {
-        multiply_add_2to4<T, S::kTokens, 1, kValueRowBytes>(
-            sums[i], w + (i * kSliceValueBytes + 32), tokens + 64, of_slices[i]);
+        multiply_add_2to4<typename S::Input, S::kTokens, S::kIs8Bit ? 0 : 1, kValueRowBytes>(
+            sums[i], w + (i * kSliceValueBytes + 32), tokens + 64,
+            of_slices[(i + 1) * S::kMetadata - 1]);
       }
       commit_products();
       wait_for_products<1>();
@@ -323,14 +343,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       if (chunk < segment.last) multiply(false, 1);
 
       // While the last products are under way.
-      float row_bias[S::kSlices][2] = {};
-      if (bias != nullptr) {
+      float row_bias[S::kSlices][2] = {}, row_scale[S::kSlices][2] = {};
+      if (S::kIs8Bit || bias != nullptr) {
         const int row = place_of(segment.tile).row;
 #pragma unroll
         for (int i = 0; i < 2 * S::kSlices; ++i) {
           const int slice = first_slice + i / 2;
           const int n = row + slice * kSliceRows + warp % 4 * 16 + lane / 4 + i % 2 * 8;
-          if (n < N) row_bias[i / 2][i % 2] = to_float(bias[n]);
+          if (n >= N) continue;
+          if (bias != nullptr) row_bias[i / 2][i % 2] = to_float(bias[n]);
+          if constexpr (S::kIs8Bit) row_scale[i / 2][i % 2] = row_scales[n];
         }
       }
       wait_for_products<0>();
@@ -373,6 +395,20 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         }
       }
 
+      if constexpr (S::kIs8Bit) {
+        const int token = place_of(segment.tile).token + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 4; ++i) {  // every other token of four
+          const int m = token + i / 2 * 8 + i % 2;
+          const float scale = m < M ? token_scales[m] : 0.0f;
+#pragma unroll
+          for (int slice = 0; slice < S::kSlices; ++slice) {
+            float* sum = &sums[slice][i / 2 * 4 + i % 2];
+            sum[0] *= scale * row_scale[slice][0];
+            sum[2] *= scale * row_scale[slice][1];
+          }
+        }
+      }
       if (bias != nullptr) {
 #pragma unroll
         for (int i = 0; i < S::kSums; ++i) {
@@ -414,36 +450,47 @@ const char* launch(const PrefillCall& call, int index, const Device& device, con
   const int cluster = plan.layout.cluster;
   const int share = S::kTokens / cluster;  // of a tile's tokens, that a block copies for all
   TileMap x, values, y;
-  const char* error = describe_tiles(&x, call.x, call.tokens, call.in_features, call.x_stride,
+  // Two numbers of 8 bits are copied as one of 16: bytes are bytes.
+  const int columns = call.in_features / S::kPerWord;
+  const char* error = describe_tiles(&x, call.x, call.tokens, columns, call.x_stride / S::kPerWord,
                                      share, call.is_bfloat16);
   if (error == nullptr) {
-    error = describe_tiles(&values, call.values, call.out_features, call.in_features / 2,
-                           call.in_features / 2, S::kRows, call.is_bfloat16, kValueRowBytes);
+    error = describe_tiles(&values, call.values, call.out_features, columns / 2, columns / 2,
+                           S::kRows, call.is_bfloat16, kValueRowBytes);
   }
   if (error == nullptr) {
     error = describe_tiles(&y, call.y, call.tokens, call.out_features, call.out_features,
                            S::kStoredTokens, call.is_bfloat16);
   }
   if (error != nullptr) return error;
-  return launch_kernel<S>(sparse_linear_prefill_kernel<S>, call, device, index,
-                          plan.clusters * cluster, cluster, S::kThreads, S::kSharedBytes, x, values,
-                          y, static_cast<const std::uint8_t*>(call.codes),
-                          static_cast<const T*>(call.bias), call.out_features, call.in_features,
-                          plan.tiles, plan.shared_tiles, plan.extra, cluster, plan.clusters, share,
-                          static_cast<float4*>(call.workspace), call.signals);
+  return launch_kernel<S>(
+      sparse_linear_prefill_kernel<S>, call, device, index, plan.clusters * cluster, cluster,
+      S::kThreads, S::kSharedBytes, x, values, y, static_cast<const std::uint8_t*>(call.codes),
+      static_cast<const T*>(call.bias), call.row_scales, call.token_scales, call.tokens,
+      call.out_features, call.in_features, plan.tiles, plan.shared_tiles, plan.extra, cluster,
+      plan.clusters, share, static_cast<float4*>(call.workspace), call.signals);
 }
 
-template <typename T>
+template <typename T, typename Input>
 const char* launch_layout(const PrefillCall& call, int index, const Device& device,
                           const Plan& plan) {
   const int rows = plan.layout.rows, tokens = plan.layout.tokens;
-  if (rows == 256) return launch<Shape<T, 256, 192>>(call, index, device, plan);
-  if (tokens == 64) return launch<Shape<T, 128, 64>>(call, index, device, plan);
-  if (tokens == 96) return launch<Shape<T, 128, 96>>(call, index, device, plan);
-  if (tokens == 160) return launch<Shape<T, 128, 160>>(call, index, device, plan);
-  if (tokens == 192) return launch<Shape<T, 128, 192>>(call, index, device, plan);
-  if (tokens == 128) return launch<Shape<T, 128, 128>>(call, index, device, plan);
-  return launch<Shape<T, 128, 256>>(call, index, device, plan);
+  if constexpr (!std::is_same_v<Input, Fp8>) {
+    if (rows == 256) return launch<Shape<T, 256, 192>>(call, index, device, plan);
+    if (tokens == 96) return launch<Shape<T, 128, 96>>(call, index, device, plan);
+    if (tokens == 160) return launch<Shape<T, 128, 160>>(call, index, device, plan);
+    if (tokens == 192) return launch<Shape<T, 128, 192>>(call, index, device, plan);
+  }
+  if (tokens == 64) return launch<Shape<T, 128, 64, Input>>(call, index, device, plan);
+  if (tokens == 128) return launch<Shape<T, 128, 128, Input>>(call, index, device, plan);
+  return launch<Shape<T, 128, 256, Input>>(call, index, device, plan);
+}
+
+template <typename T>
+const char* launch_type(const PrefillCall& call, int index, const Device& device,
+                        const Plan& plan) {
+  return call.is_fp8 ? launch_layout<T, Fp8>(call, index, device, plan)
+                     : launch_layout<T, T>(call, index, device, plan);
 }
 
 }  // namespace
@@ -454,6 +501,12 @@ const char* sparse_linear_prefill(const PrefillCall& call, std::size_t& needed_b
   if (call.in_features < kStep || call.in_features % kStep != 0) {
     return "in_features must be a multiple of 64";
   }
+  if (call.is_fp8 && call.in_features % (2 * kStep) != 0) {
+    return "with numbers of 8 bits in_features must be a multiple of 128";
+  }
+  if (call.is_fp8 && (call.row_scales == nullptr || call.token_scales == nullptr)) {
+    return "numbers of 8 bits need scales of rows and tokens";
+  }
   if (call.out_features < 8 || call.out_features % 8 != 0) {
     return "out_features must be a multiple of 8";
   }
@@ -461,7 +514,8 @@ const char* sparse_linear_prefill(const PrefillCall& call, std::size_t& needed_b
     return reinterpret_cast<std::uintptr_t>(p) % kPiece != 0;
   };
   if (misaligned(call.x) || misaligned(call.values) || misaligned(call.codes) ||
-      misaligned(call.y) || misaligned(call.workspace) || call.x_stride % 8 != 0) {
+      misaligned(call.y) || misaligned(call.workspace) ||
+      call.x_stride % (call.is_fp8 ? 16 : 8) != 0) {
     return "x, its rows, values, codes, y and the workspace must be aligned to 16 bytes";
   }
   int index = 0;
@@ -474,8 +528,8 @@ const char* sparse_linear_prefill(const PrefillCall& call, std::size_t& needed_b
     needed_bytes = plan.workspace_bytes();
     return nullptr;
   }
-  return call.is_bfloat16 ? launch_layout<__nv_bfloat16>(call, index, *device, plan)
-                          : launch_layout<__half>(call, index, *device, plan);
+  return call.is_bfloat16 ? launch_type<__nv_bfloat16>(call, index, *device, plan)
+                          : launch_type<__half>(call, index, *device, plan);
 }
 
 }  // namespace proxsparse

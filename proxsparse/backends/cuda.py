@@ -21,6 +21,7 @@ from torch import Tensor
 from proxsparse.backends import choice, cusparselt, prediction, table
 from proxsparse.backends.cusparselt import extension as _cuda
 from proxsparse.backends.executors import RUNS, Decode, Kernel, Run, executor, is_right
+from proxsparse.backends.fp8 import sparse_linear_fp8_cuda
 from proxsparse.backends.limits import (
     CODES,
     can_compress,
@@ -33,7 +34,12 @@ from proxsparse.errors import ProxsparseError
 from proxsparse.ops.reference import MAX_DECODE_TOKENS
 
 # `ops` finds the op STEM here as STEM_cuda.
-__all__ = ["compress_2to4_cuda", "sparse_linear_cuda", "sparse_linear_group_cuda"]
+__all__ = [
+    "compress_2to4_cuda",
+    "sparse_linear_cuda",
+    "sparse_linear_fp8_cuda",
+    "sparse_linear_group_cuda",
+]
 
 _log = logging.getLogger(__name__)
 

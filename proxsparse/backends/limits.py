@@ -16,6 +16,7 @@ _MULTIPLE = 16  # that cuSPARSELt needs of both dimensions of a 16-bit structure
 MAX_HOPPER_TOKENS = 256  # of the kernel for few tokens on Hopper; elsewhere MAX_DECODE_TOKENS
 _DECODE_MULTIPLE = 64  # that our kernels need of in_features
 _PREFILL_MULTIPLE = 8  # and the one for many tokens of out_features
+_FP8_MULTIPLE = 128  # that they need of in_features in FP8
 
 
 def can_compress(n: int, k: int, dtype: torch.dtype) -> str:
@@ -74,4 +75,25 @@ def can_prefill(n: int, k: int, tokens: int, dtype: torch.dtype, device: int) ->
         return f"it is for compute capability 9.0, and this GPU has {capability}"
     if tokens <= MAX_DECODE_TOKENS:
         return f"the kernel for few tokens takes {tokens}"
+    return ""
+
+
+def can_multiply_fp8(
+    n: int, k: int, tokens: int, dtype: torch.dtype, device: int, most: int | None
+) -> str:
+    """Why one of our FP8 kernels, for at most so many tokens, cannot run; empty when it can."""
+    if not _cuda.has_kernels:
+        return "the extension was built without its CUDA kernels"
+    if dtype not in CODES:
+        return f"its results are bfloat16 or float16, and the tokens are {dtype}"
+    if k % _FP8_MULTIPLE or n % _PREFILL_MULTIPLE:
+        return (
+            f"in_features must be a multiple of {_FP8_MULTIPLE} and out_features one of "
+            f"{_PREFILL_MULTIPLE}, and the weight is [{n}, {k}]"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return f"it is for compute capability 9.0, and this GPU has {capability}"
+    if most is not None and tokens > most:
+        return f"it takes at most {most} tokens, and there are {tokens}"
     return ""

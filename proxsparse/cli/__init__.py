@@ -22,12 +22,14 @@ from proxsparse.cli.framework import (
     settings,
 )
 from proxsparse.config import (
+    FP8_DYNAMIC,
     METHOD_OPTIONS,
     CalibrationConfig,
     EvalConfig,
     LearnConfig,
     RunConfig,
     TargetConfig,
+    check_scheme,
     replace,
     split_list,
 )
@@ -212,6 +214,9 @@ def pack(
     *,
     output: Output,
     keep_dense: KeepDense = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="Round the packed layers to 8 bits: FP8_DYNAMIC.")
+    ] = None,
     verbose: bool = False,
     console: Console,
 ) -> dict[str, Any]:
@@ -219,16 +224,17 @@ def pack(
 
     After `import proxsparse`, AutoModelForCausalLM.from_pretrained loads the result as a sparse
     model. Nothing is lost: unpack gives back the same bits. Layers that are not 2:4 stay dense and
-    are named.
+    are named. With --quantize FP8_DYNAMIC they are rounded to FP8: 5/16 of their bytes.
 
     Example: proxsparse pack ./llama-2to4 --output ./llama-packed
     """
     check_model(model)
     check_output(output)
+    check_scheme(quantize)
     from proxsparse.jobs.pack import pack as run
 
     quiet_transformers()
-    result = run(model, output, keep_dense=keep_dense)
+    result = run(model, output, keep_dense=keep_dense, quantize=quantize)
     show.left_dense(console, result["left_dense"], verbose)
     dense, packed = result["dense_bytes"], result["packed_bytes"]
     before, after = map(show.size, result["checkpoint_bytes"])
@@ -260,6 +266,40 @@ def unpack(
     before, after = map(show.size, result["checkpoint_bytes"])
     console.print(
         f"{len(result['layers'])} layers unpacked: {before} -> {after}, written to {output}",
+        highlight=False,
+    )
+    return {"output": output, **result}
+
+
+@command
+@settings(("Layers", TargetConfig))
+def export(
+    model: Annotated[str, typer.Argument(help="A model, dense or packed, directory or Hub name.")],
+    *,
+    output: Output,
+    format: Annotated[str, typer.Option(help="FP8_DYNAMIC.")] = FP8_DYNAMIC,
+    console: Console,
+    **values: Any,
+) -> dict[str, Any]:
+    """Write a pruned model as an ordinary dense FP8 checkpoint of compressed-tensors.
+
+    vLLM, SGLang and transformers load it as plain FP8; pruned weights are zeros, and cost as much
+    as others there.
+
+    Example: proxsparse export ./llama-2to4 --format FP8_DYNAMIC --output ./llama-fp8
+    """
+    check_model(model)
+    check_output(output)
+    check_scheme(format, what="--format")
+    from proxsparse.jobs.export import export as run
+
+    quiet_transformers()
+    given = {name: tuple(value) for name, value in values.items() if value}
+    result = run(model, output, format=format, **given)
+    before, after = map(show.size, result["checkpoint_bytes"])
+    console.print(
+        f"{len(result['layers'])} layers in {format}, {result['num_2to4']} of them 2:4; "
+        f"{before} -> {after}, written to {output}",
         highlight=False,
     )
     return {"output": output, **result}
@@ -333,10 +373,24 @@ def advise(
         f"weights {show.size(whole['dense_bytes'])} -> {show.size(whole['packed_bytes'])}",
         highlight=False,
     )
-    for line in _tuning_lines(result["tuning"]):
+    for line in (*_alternative_lines(result["alternatives"]), *_tuning_lines(result["tuning"])):
         console.print(line, highlight=False, markup=False)
     show.left_dense(console, result["left_dense"], verbose)
     return result
+
+
+def _alternative_lines(forms: dict[str, dict[str, float]]) -> Iterator[str]:
+    """What else could be done with the layers, where it would be the better choice."""
+    limits = ", ".join(
+        f"{name} {form['byte_limit']:.2f}x and {form['operation_limit']:.2f}x"
+        for name, form in forms.items()
+    )
+    yield f"limits of other forms, of bytes and of operations, computed: {limits}"
+    yield (
+        "To decode one sequence at a time, where bytes bind, dense INT4 (AWQ, GPTQ) is the better "
+        "choice: it is smaller than any 2:4 form here. FP8 and 2:4 (pack --quantize FP8_DYNAMIC) "
+        "is for prompts and large batches, on GPUs with FP8 tensor cores."
+    )
 
 
 def _predicted(row: dict[str, Any], tokens: int) -> str:

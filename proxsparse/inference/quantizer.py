@@ -24,14 +24,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from proxsparse.config import check_scheme
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.sparse_linear import (
-    FORMS,
     SparseLinear,
     check_keep_dense,
     sparse_layers,
 )
-from proxsparse.models.forms import READABLE_FORMATS, PackedEntry, checked
+from proxsparse.models.forms import FP8_FORMAT, READABLE_FORMATS, PackedEntry, checked
 from proxsparse.models.offload import in_memory
 from proxsparse.models.targets import is_linear_layer
 
@@ -45,10 +45,12 @@ class PackedConfig(QuantizationConfigMixin):
     Args:
         layers: dotted names of the modules that are packed.
         keep_dense: whether the layers hold the dense weights too, see `sparse_linear`.
-        format_version: of the tensors that were read; what is written has `FORMAT`.
+        format_version: of the tensors that were read; what is written has `FORMAT`, or in FP8
+            `FP8_FORMAT`.
         quant_method: always "proxsparse".
         memory: what directories written by earlier versions have in place of `keep_dense`: "min" or
             "fast".
+        scheme: "FP8_DYNAMIC" where the layers hold values in FP8 with a scale for each row.
 
     Raises:
         ProxsparseError: another format version, or values that are not those above.
@@ -61,17 +63,26 @@ class PackedConfig(QuantizationConfigMixin):
         format_version: int = FORMAT,
         quant_method: str = METHOD,
         memory: str | None = None,
+        scheme: str | None = None,
     ) -> None:
         entry = {
             "layers": list(layers) if isinstance(layers, tuple) else layers,
             "format_version": format_version,
             "memory": memory,
+            "scheme": scheme,
         }
         checked(PackedEntry, entry, "the quantization_config of the model")
-        if format_version not in READABLE_FORMATS:
+        if format_version not in (*READABLE_FORMATS, FP8_FORMAT):
             raise ProxsparseError(
                 f"the model is packed in format {format_version}, this proxsparse reads up to "
-                f"{FORMAT}: install a newer one"
+                f"{FP8_FORMAT}: install a newer one"
+            )
+        check_scheme(scheme, what="the scheme of the model")
+        if (scheme is None) == (format_version == FP8_FORMAT):
+            raise ProxsparseError(
+                f"the model is packed in format {format_version} and its scheme is {scheme!r}: "
+                f"format {FP8_FORMAT} is that of layers in FP8, and of no others; its config.json "
+                "is damaged"
             )
         if memory is not None:
             if memory not in ("min", "fast"):
@@ -79,9 +90,11 @@ class PackedConfig(QuantizationConfigMixin):
             keep_dense = memory == "fast"
         check_keep_dense(keep_dense)
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.format_version = FORMAT
+        self.format_version = FORMAT if scheme is None else FP8_FORMAT
         self.keep_dense = keep_dense
         self.layers = list(layers)
+        if scheme is not None:  # earlier versions wrote none
+            self.scheme = scheme
 
 
 class PackedQuantizer(HfQuantizer):
@@ -104,7 +117,9 @@ class PackedQuantizer(HfQuantizer):
                     f"the packed layer {name} is a {type(linear).__name__} in "
                     f"{type(model).__name__}, not a linear layer"
                 )
-            layer = SparseLinear.empty_like(linear, keep_dense=config.keep_dense)
+            layer = SparseLinear.empty_like(
+                linear, keep_dense=config.keep_dense, quantize=getattr(config, "scheme", None)
+            )
             layer.label = name
             model.set_submodule(name, layer)
         # The empty weights are for others to stumble over, not for a warning about leftovers.
@@ -119,13 +134,13 @@ class PackedQuantizer(HfQuantizer):
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Refuses a checkpoint without a form of a packed layer (transformers 4 asks)."""
         missing = set(missing_keys)
-        for name, form in self._forms():
+        for name, form in self._forms(model):
             if f"{name}.{form}" in missing:
                 raise _lacking(name, form)
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, form in self._forms():
+        for name, form in self._forms(model):
             tensor = getattr(model.get_submodule(name), form)
             # transformers 5 marks what it has read; what was not in the file is whatever lay there.
             if _MARKS_WHAT_IT_READ and not (tensor.is_meta or hasattr(tensor, _MARK)):
@@ -137,8 +152,10 @@ class PackedQuantizer(HfQuantizer):
             layer.refresh_()
         return model
 
-    def _forms(self) -> Iterator[tuple[str, str]]:
-        return ((name, form) for name in self.quantization_config.layers for form in FORMS)
+    def _forms(self, model: Any) -> Iterator[tuple[str, str]]:
+        for name in self.quantization_config.layers:
+            for form in model.get_submodule(name).forms:
+                yield name, form
 
     def get_state_dict_and_metadata(self, model: Any, *_: Any) -> tuple[dict[str, Tensor], Any]:
         """What `save_pretrained` writes: the state dict and the empty weights."""
@@ -192,9 +209,11 @@ def _lacking(name: str, form: str) -> ProxsparseError:
     )
 
 
-def attach(model: Any, layers: Sequence[str], keep_dense: bool) -> None:
+def attach(model: Any, layers: Sequence[str], keep_dense: bool, scheme: str | None = None) -> None:
     """Make `save_pretrained` and `dequantize` work on a model whose `layers` became sparse."""
-    model.config.quantization_config = PackedConfig(layers, keep_dense)
+    version = FORMAT if scheme is None else FP8_FORMAT
+    config = PackedConfig(layers, keep_dense, format_version=version, scheme=scheme)
+    model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(model.config.quantization_config)
     model.quantization_method = METHOD
     model.is_quantized = True

@@ -10,6 +10,10 @@ as well, so one copy serves few tokens and many. On other GPUs, and where out_fe
 multiple of 64, cuSPARSELt needs a form of its own, which is held only beside the dense weight:
 about 2.13 of the dense bytes then.
 
+With values in FP8 the layer also has a scale for each row, rounds each token of its input to FP8
+when it runs (scheme FP8_DYNAMIC), and holds 0.3125 of the bytes of a dense weight in 16 bits; with
+`keep_dense`, 0.8125. Its dense weight is then the rounded one.
+
 The packed weight is frozen: gradients reach the input and the bias. To go on training, turn the
 model dense and hold its masks, see `masks.keep_masks_`.
 """
@@ -23,10 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from proxsparse import ops
+from proxsparse.config import FP8_DYNAMIC, check_scheme
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.masks import check_codes
+from proxsparse.ops.reference import FP8, dequantize_fp8
 
 FORMS = ("values", "codes")  # the tensors of the packed form
+FP8_FORMS = (*FORMS, "weight_scale")
 _MAX_RUNS = 256  # shapes of inputs that a layer remembers how to run
 # Asked here, because torch.compile cannot ask before torch 2.13.
 _AUTOCAST = frozenset(
@@ -44,6 +51,9 @@ class SparseLinear(nn.Module):
         values: [N, K/2] kept weights, from `ops.pack_2to4`.
         codes: uint8 [N, ceil(K/8)] their places, from `ops.pack_2to4`.
         bias: [N], or None.
+        weight_scale: float32 [N], the scale of each row, where values are float8_e4m3fn; else None.
+        dtype: of the dense layer, where values are float8_e4m3fn; by default that of the bias, or
+            bfloat16.
         keep_dense: whether to hold the dense weight too, see the module.
         is_conv1d: whether `to_linear` gives a Conv1D, which stores its weight as [K, N].
 
@@ -54,7 +64,8 @@ class SparseLinear(nn.Module):
         values: as above, a persistent buffer.
         codes: as above, a persistent buffer; on a GPU in tiles, but not in the state dict (see
             `ops.lay_out_2to4`).
-        dense: [N, K], the weight unpacked, or None.
+        weight_scale: as above, a persistent buffer, or None.
+        dense: [N, K], the values unpacked, or None.
         compressed: the weight in the form of cuSPARSELt, or None; on Hopper the memory of values
             and codes itself.
 
@@ -65,6 +76,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     values: Tensor
     codes: Tensor
+    weight_scale: Tensor | None
 
     def __init__(
         self,
@@ -72,17 +84,32 @@ class SparseLinear(nn.Module):
         codes: Tensor,
         bias: Tensor | None = None,
         *,
+        weight_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
         keep_dense: bool = False,
         is_conv1d: bool = False,
     ) -> None:
         super().__init__()
         ops.check_packed_2to4(values, codes)
+        if (weight_scale is not None) != (values.dtype == FP8):
+            raise ProxsparseError(
+                f"values are {values.dtype} and weight_scale is "
+                f"{'None' if weight_scale is None else 'given'}: values of {FP8} have a scale for "
+                "each row, others have none"
+            )
+        if dtype is None:
+            dtype = torch.bfloat16 if bias is None else bias.dtype
+        self._fp8_dtype = dtype
         self.out_features, half = values.shape
         self.in_features = 2 * half
         self.is_conv1d = is_conv1d
         self.label = "the layer"  # what an error calls it where no name reaches it
         self.register_buffer("values", values)
         self.register_buffer("codes", codes)
+        if weight_scale is None:
+            self.weight_scale = None
+        else:
+            self.register_buffer("weight_scale", weight_scale)
         # How calls run that nothing but the GPU has to see, by `ops.eager_key`.
         self._runs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         # No buffers: libraries that place or offload a model's buffers do not expect absent ones.
@@ -96,50 +123,76 @@ class SparseLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear: Any, *, keep_dense: bool = False, name: str = "") -> SparseLinear:
+    def from_linear(
+        cls,
+        linear: Any,
+        *,
+        keep_dense: bool = False,
+        name: str = "",
+        quantize: str | None = None,
+        weight_scale: Tensor | None = None,
+    ) -> SparseLinear:
         """Pack a layer whose weight is 2:4 already.
 
         Args:
             linear: an nn.Linear, or a Conv1D of transformers. Its bias is shared, not copied.
             keep_dense: whether to hold the dense weight too, see the module.
             name: what an error calls the layer.
+            quantize: "FP8_DYNAMIC" to round the weight to FP8; None keeps its bits.
+            weight_scale: float32 [N], the scales to round with; by default each row's own.
 
         Returns:
             The layer on the same device, in the same dtype.
 
         Raises:
             ProxsparseError: the weight is not 2:4 (the first offending group is named), or its
-                in_features are not a multiple of 4.
+                in_features are not a multiple of 4; another scheme; NaN or infinite weights.
         """
+        check_scheme(quantize, what="quantize")
         w, is_conv1d = _canonical_weight(linear)
+        settings: dict[str, Any] = {"keep_dense": keep_dense, "is_conv1d": is_conv1d}
         try:
+            if quantize == FP8_DYNAMIC:
+                settings["dtype"] = w.dtype
+                scale = None if weight_scale is None else weight_scale.to(w.device)
+                w, settings["weight_scale"] = ops.quantize_fp8(w, scale)
             values, codes = ops.pack_2to4(w)
         except ProxsparseError as error:
             subject = name or f"the weight of {linear}"
             raise ProxsparseError(f"{subject} {str(error).removeprefix('w ')}") from error
-        layer = cls(values, codes, linear.bias, keep_dense=keep_dense, is_conv1d=is_conv1d)
-        return layer.train(linear.training)
+        return cls(values, codes, linear.bias, **settings).train(linear.training)
 
     @classmethod
-    def empty_like(cls, linear: Any, *, keep_dense: bool = False) -> SparseLinear:
+    def empty_like(
+        cls, linear: Any, *, keep_dense: bool = False, quantize: str | None = None
+    ) -> SparseLinear:
         """A layer of the shape, dtype and device of `linear`, to load a state dict into.
 
-        Its values are uninitialised memory.
+        Its values are uninitialised memory; in FP8, where that may hold NaN, zeros.
         """
+        check_scheme(quantize, what="quantize")
         w, is_conv1d = _canonical_weight(linear)
         n, k = w.shape
-        values = w.new_empty(n, k // 2)
+        settings: dict[str, Any] = {"keep_dense": keep_dense, "is_conv1d": is_conv1d}
+        if quantize == FP8_DYNAMIC:
+            values = w.new_zeros(n, k // 2, dtype=FP8)
+            settings |= {"weight_scale": w.new_ones(n, dtype=torch.float32), "dtype": w.dtype}
+        else:
+            values = w.new_empty(n, k // 2)
         codes = w.new_full((n, (k + 7) // 8), 0x44, dtype=torch.uint8)  # sound: places 0 and 1
-        layer = cls(values, codes, linear.bias, keep_dense=keep_dense, is_conv1d=is_conv1d)
-        return layer.train(linear.training)
+        return cls(values, codes, linear.bias, **settings).train(linear.training)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Module:
         """The dense layer again, sharing the bias.
 
-        Kept weights are bitwise the original ones, all others exact +0.0.
+        Kept weights are bitwise the original ones, or as FP8 has rounded them; all others exact
+        +0.0.
         """
-        w = ops.unpack_2to4(self.values, self.codes)
+        return self.linear_of(self._widened(ops.unpack_2to4(self.values, self.codes)))
+
+    def linear_of(self, w: Tensor) -> nn.Module:
+        """A dense layer of this one's kind and bias, with another weight [N, K]."""
         linear: Any
         if self.is_conv1d:
             from transformers.pytorch_utils import Conv1D
@@ -190,6 +243,10 @@ class SparseLinear(nn.Module):
                 not keep two of four.
         """
         ops.check_packed_2to4(self.values, self.codes)
+        if self.weight_scale is not None:
+            ops.check_weight_scale(self.values, self.weight_scale)
+            ops.check_fp8(f"{name}.values", self.values)
+            _check_scale(self.weight_scale, name)
         if not self.codes.is_meta:
             codes = ops.code_rows(self.values, self.codes)
             check_codes(codes, self.in_features // 4, name)
@@ -203,7 +260,7 @@ class SparseLinear(nn.Module):
             self.compressed is not None and self.compressed.data_ptr() == self.values.data_ptr()
         )
         forms = {
-            "packed": (self.values, self.codes),
+            "packed": (self.values, self.codes, self.weight_scale),
             "compressed": (None if is_shared else self.compressed,),
             "dense": (self.dense,),
         }
@@ -216,15 +273,36 @@ class SparseLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight [N, K], for code that reads a layer's weight; not to be written to.
 
-        Cost: unpacked at each access, unless `keep_dense` is set.
+        Cost: unpacked at each access, unless `keep_dense` is set; in FP8 widened at each.
         """
-        return ops.unpack_2to4(self.values, self.codes) if self.dense is None else self.dense
+        w = ops.unpack_2to4(self.values, self.codes) if self.dense is None else self.dense
+        return self._widened(w)
+
+    def _widened(self, w: Tensor) -> Tensor:
+        scale = self.weight_scale
+        return w if scale is None else dequantize_fp8(w, scale, self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weight: that of the values, but for FP8."""
+        return self._fp8_dtype if self.values.dtype == FP8 else self.values.dtype
+
+    @property
+    def scheme(self) -> str | None:
+        """How the weight is rounded: "FP8_DYNAMIC", or None where it keeps its bits."""
+        return None if self.weight_scale is None else FP8_DYNAMIC
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Names of the buffers of the packed form."""
+        return FORMS if self.weight_scale is None else FP8_FORMS
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
 
         Args:
-            x: [..., K], in the dtype of the weight unless autocast is on.
+            x: [..., K], in the dtype of the weight unless autocast is on; for a weight in FP8,
+                of 16 or 32 bits.
 
         Returns:
             [..., N].
@@ -232,6 +310,8 @@ class SparseLinear(nn.Module):
         Raises:
             ProxsparseError: another last dimension, dtype or device than the weight's.
         """
+        if self.weight_scale is not None:
+            return self._forward_fp8(x)
         bias = self._parameters["bias"]  # past nn.Module.__getattr__, which takes its time
         key = ops.eager_key(x, bias)
         run = None if key is None else self._runs.get(key)
@@ -252,6 +332,15 @@ class SparseLinear(nn.Module):
             self._remember(key, x)
         return y
 
+    def _forward_fp8(self, x: Tensor) -> Tensor:
+        kind, bias = x.device.type, self.bias
+        if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+            x, bias = (_autocast(t, torch.get_autocast_dtype(kind)) for t in (x, bias))
+        assert self.weight_scale is not None
+        return ops.sparse_linear_fp8(
+            x, self.values, self.codes, self.weight_scale, bias, dense=self.dense
+        )
+
     def _remember(self, key: tuple[Any, ...], x: Tensor) -> None:
         """Next time a call like this one goes straight to what runs it."""
         forms = self.values, self.codes, self.bias, self.compressed, self.dense
@@ -270,15 +359,35 @@ class SparseLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, keep_dense={self.keep_dense}"
+            + ("" if self.scheme is None else f", scheme={self.scheme}")
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Behind .to(), .half(), .cuda() ...: only the packed form moves, the others follow it."""
+        """Behind .to(), .half(), .cuda() ...: only the packed form moves, the others follow it.
+
+        Another dtype is that of the dense layer: values in FP8 and their scales keep theirs.
+        """
         before = self.values
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale is not None:
+            self._apply_to_fp8(fn)
+        else:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.values is not before:
             self.refresh_()
         return self
+
+    def _apply_to_fp8(self, fn: Callable[[Tensor], Tensor]) -> None:
+        assert self.weight_scale is not None
+        scale = self.weight_scale
+        like = torch.empty(0, dtype=self._fp8_dtype, device=self.values.device)
+        # As integers, which casts leave alone.
+        self.values, self.weight_scale = self.values.view(torch.uint8), scale.view(torch.int32)
+        try:
+            super()._apply(fn)  # type: ignore[no-untyped-call]
+            self._fp8_dtype = fn(like).dtype
+        finally:
+            self.values = self.values.view(FP8)
+            self.weight_scale = self.weight_scale.view(torch.float32)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -290,7 +399,7 @@ class SparseLinear(nn.Module):
         Raises:
             ProxsparseError: unsound codes, or a dense weight; nothing of the layer is changed then.
         """
-        values, codes = (state_dict.get(prefix + form) for form in FORMS)
+        values, codes, scale = (state_dict.get(prefix + form) for form in FP8_FORMS)
         name = prefix.removesuffix(".") or self.label
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.numel():
@@ -298,7 +407,7 @@ class SparseLinear(nn.Module):
                 f"{name} is packed, the state dict has a dense weight {list(weight.shape)} for it: "
                 "load it into the dense model (densify_), then make that sparse (sparsify_)"
             )
-        self._check_loaded(values, codes, name)
+        self._check_loaded(values, codes, scale, name)
         if codes is not None:
             self.codes = torch.empty_like(ops.code_rows(self.values, self.codes))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -308,9 +417,21 @@ class SparseLinear(nn.Module):
         if values is not None or codes is not None:
             self.refresh_()
 
-    def _check_loaded(self, values: Tensor | None, codes: Tensor | None, name: str) -> None:
+    def _check_loaded(
+        self, values: Tensor | None, codes: Tensor | None, scale: Tensor | None, name: str
+    ) -> None:
         if values is not None and not values.is_floating_point():
             raise ProxsparseError(f"the values of {name} are {values.dtype}, not floating-point")
+        if values is not None and (values.dtype == FP8) != (self.values.dtype == FP8):
+            raise ProxsparseError(
+                f"the values of {name} are {values.dtype}, the layer's {self.values.dtype}: a "
+                "layer in FP8 and one that is not take no weights from each other; load them into "
+                "a model that was packed in the same way"
+            )
+        if values is not None and values.dtype == FP8:
+            ops.check_fp8(f"{name}.values", values)
+        if scale is not None:
+            _check_scale(scale, name)
         if codes is None:
             return
         if codes.dtype != torch.uint8:
@@ -319,9 +440,18 @@ class SparseLinear(nn.Module):
             check_codes(codes, self.in_features // 4, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in FORMS and "_runs" in self.__dict__:
+        if name in FP8_FORMS and "_runs" in self.__dict__:
             self._runs.clear()  # they were chosen for other tensors: the next call looks again
         super().__setattr__(name, value)
+
+
+def _check_scale(scale: Tensor, name: str) -> None:
+    if scale.is_meta or bool((torch.isfinite(scale) & (scale > 0)).all()):
+        return
+    raise ProxsparseError(
+        f"{name}.weight_scale holds a scale that is zero, negative, NaN or infinite: its file is "
+        "damaged; pack the model again"
+    )
 
 
 def check_keep_dense(keep_dense: object) -> None:

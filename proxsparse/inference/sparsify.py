@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from proxsparse import ops
-from proxsparse.config import TargetConfig
+from proxsparse.config import FP8_DYNAMIC, TargetConfig, check_scheme
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.replace import places_of, replace_, restore_layers_
 from proxsparse.inference.sparse_linear import SparseLinear, check_keep_dense, sparse_layers
@@ -76,12 +76,14 @@ def sparsify_(
     targets: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
     keep_dense: bool = False,
+    quantize: str | None = None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> SparsityReport:
     """Replace the 2:4 layers of a model by `SparseLinear`, in place.
 
-    Repeating it changes nothing but `keep_dense`; `densify_` undoes it bit by bit. Afterwards
-    `save_pretrained` writes a packed checkpoint. Hooks of accelerate move to the new layers; a
-    layer that accelerate offloads is offloaded packed.
+    Repeating it changes nothing but `keep_dense`; `densify_` undoes it bit by bit, unless weights
+    were rounded. Afterwards `save_pretrained` writes a packed checkpoint. Hooks of accelerate move
+    to the new layers; a layer that accelerate offloads is offloaded packed.
 
     Args:
         model: a Hugging Face causal LM, dense or partly sparse.
@@ -90,6 +92,10 @@ def sparsify_(
         ignore: patterns of layers to leave as they are.
         keep_dense: whether to hold the dense weights too, see `sparse_linear`; also changes what
             layers hold that are sparse already.
+        quantize: "FP8_DYNAMIC" to round the sparse layers to FP8, those included that are sparse
+            already; None keeps what they hold.
+        scales: name of a layer -> float32 [N], the scales to round it with, such as those of the
+            checkpoint that it came from; by default each row's own.
 
     Returns:
         The layers that are sparse, and why the others are not.
@@ -97,25 +103,36 @@ def sparsify_(
     Raises:
         ProxsparseError: not a causal LM; a pattern matches nothing; a layer that `targets` match
             cannot be sparse (the layer and, if it is not 2:4, the group are named); no layer is
-            2:4. The model is unchanged then.
+            2:4; the model holds layers in FP8, and the others are not to be. The model is
+            unchanged then.
 
     Cost: packs layer by layer; peak memory is the model's plus one layer's.
     """
     check_keep_dense(keep_dense)
-    names, left_dense = _choose(model, TargetConfig(targets=targets, ignore=ignore))
-    for layer in sparse_layers(model).values():
-        layer.set_keep_dense_(keep_dense)
+    check_scheme(quantize, what="quantize")
+    names, left_dense = _choose(model, TargetConfig(targets=targets, ignore=ignore), quantize)
+    for name, layer in sparse_layers(model).items():
+        if layer.scheme == quantize or quantize is None:
+            layer.set_keep_dense_(keep_dense)
+        else:
+            names.append(name)
     places = places_of(model)
     for name in names:
-        old = model.get_submodule(name)
+        old: Any = model.get_submodule(name)
         with in_memory(old):
-            new = SparseLinear.from_linear(old, keep_dense=keep_dense, name=name)
+            new = SparseLinear.from_linear(
+                old.to_linear() if isinstance(old, SparseLinear) else old,
+                keep_dense=keep_dense,
+                name=name,
+                quantize=quantize,
+                weight_scale=None if scales is None else scales.get(name),
+            )
         replace_(places, old, new)
         del old
     sparse = sparse_layers(model)
     from proxsparse.inference.quantizer import attach
 
-    attach(model, list(sparse), keep_dense)
+    attach(model, list(sparse), keep_dense, next(iter(sparse.values())).scheme)
     rows = (_row(name, layer) for name, layer in sparse.items())
     return SparsityReport(tuple(rows), left_dense, keep_dense)
 
@@ -136,7 +153,9 @@ def densify_(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def _choose(model: nn.Module, config: TargetConfig) -> tuple[list[str], dict[str, str]]:
+def _choose(
+    model: nn.Module, config: TargetConfig, quantize: str | None
+) -> tuple[list[str], dict[str, str]]:
     """Names of the layers to replace, and name -> reason of what stays dense.
 
     It holds names only, so that no layer outlives its replacement.
@@ -145,7 +164,9 @@ def _choose(model: nn.Module, config: TargetConfig) -> tuple[list[str], dict[str
         found = find_targets(model, config)
         names, left_dense = [], dict(found.left_dense)
         for target in found.layers:
-            reason = "" if target.module in sparse else why_not_sparse(target) or _offence(target)
+            reason = ""
+            if target.module not in sparse:
+                reason = why_not_sparse(target) or _offence(target, quantize)
             if reason and config.targets:
                 raise ProxsparseError(f"{target.name} cannot be sparse: it is {reason}")
             if reason:
@@ -157,6 +178,12 @@ def _choose(model: nn.Module, config: TargetConfig) -> tuple[list[str], dict[str
         first = next(t.name for t in found.layers)
         raise ProxsparseError(
             f"no layer of {type(model).__name__} can be sparse; {first} is {left_dense[first]}"
+        )
+    rounded = next((name for name, layer in already.items() if layer.scheme != quantize), None)
+    if names and rounded is not None and quantize is None:
+        raise ProxsparseError(
+            f"{rounded} is in FP8 and {names[0]} is not to be: a packed model has one scheme; give "
+            f"quantize={FP8_DYNAMIC!r}"
         )
     return names, {k: v for k, v in left_dense.items() if k not in already}
 
@@ -176,8 +203,8 @@ def why_not_sparse(target: Target) -> str:
     return ""
 
 
-def _offence(target: Target) -> str:
-    """The first group of the weight that is not 2:4, after "it is"; empty when there is none."""
+def _offence(target: Target, quantize: str | None = None) -> str:
+    """Why these weights cannot be packed, after "it is"; empty when they can."""
     with in_memory(target.module):
         check_in_memory((target,))
         w = target.weight()
@@ -188,6 +215,8 @@ def _offence(target: Target) -> str:
                 ops.pack_2to4(w)
             except ProxsparseError as error:
                 return str(error).removeprefix("w is ")
+        if quantize is not None and not torch.isfinite(w).all():
+            return "damaged: some of its weights are NaN or infinite, which FP8 cannot hold"
     return ""
 
 
@@ -201,8 +230,8 @@ def _as_dense(model: Any) -> Iterator[dict[nn.Module, SparseLinear]]:
     places, stand_ins = places_of(model), {}
     method = vars(model).pop("quantization_method", None) if sparse_layers(model) else None
     for layer in sparse_layers(model).values():
-        values, codes = layer.values.to("meta"), layer.codes.to("meta")
-        empty = SparseLinear(values, codes, layer.bias, is_conv1d=layer.is_conv1d).to_linear()
+        shape = layer.out_features, layer.in_features
+        empty = layer.linear_of(torch.empty(shape, dtype=layer.dtype, device="meta"))
         stand_ins[empty] = layer
         for parent, name in places[id(layer)]:
             parent._modules[name] = empty
@@ -218,7 +247,7 @@ def _as_dense(model: Any) -> Iterator[dict[nn.Module, SparseLinear]]:
 
 def _row(name: str, layer: SparseLinear) -> SparseLayer:
     shape = (layer.out_features, layer.in_features)
-    size = torch.Size(shape).numel() * layer.values.element_size()
+    size = torch.Size(shape).numel() * layer.dtype.itemsize
     return SparseLayer(name, shape, size, sum(layer.memory_bytes().values()), _speedups(layer))
 
 

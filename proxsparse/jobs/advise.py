@@ -27,6 +27,14 @@ from proxsparse.models.targets import find_targets
 from proxsparse.tuning import tune
 
 OPERATION_LIMIT = 2.0  # sparse tensor cores skip one of every two products
+# Other forms of the same layers: bytes per weight, and operations a second over dense 16 bits. FP8
+# tensor cores do twice as many; INT4 weights (one 16-bit scale for 128) are widened to 16 bits.
+ALTERNATIVES = {
+    "2:4 in 16 bits": (1.125, 2.0),
+    "FP8, dense": (1.0, 2.0),
+    "FP8 and 2:4": (0.625, 4.0),
+    "INT4, dense": (0.5 + 2 / 128, 1.0),
+}
 _TUNING_SECONDS = 300.0
 
 # Shape, or None for the lm_head -> tokens -> microseconds dense and sparse.
@@ -58,6 +66,8 @@ def advise(
         same as it would be expected unmeasured, empty on a GPU that nothing is known of, or None},
         "model": the same for all layers and what stays dense, {dense_bytes, packed_bytes,
         byte_limit: x for weights alone, operation_limit: x, speedup},
+        "alternatives": other forms of the same layers, name -> {bytes, byte_limit, operation_limit}
+        of the whole model; computed, never measured,
         "tuning": what the tuner did, the fields of `tuning.tune.Report`, or None where nothing was
         measured, "left_dense": {name: reason}}. Experts count as if all of them were read;
         attention and its cache are left out.
@@ -128,6 +138,7 @@ def advise(
             "operation_limit": (rest + dense_bytes) / (rest + dense_bytes / OPERATION_LIMIT),
             "speedup": speedup,
         },
+        "alternatives": _alternatives(sum(n * k * c for (n, k), c in counts.items()), rest, size),
         "tuning": None if report is None else dataclasses.asdict(report),
         "left_dense": left_dense,
     }
@@ -205,6 +216,20 @@ def _speedup_of_all(counts: dict[tuple[int, int], int], times: _Times, tokens: i
     dense = sum(times[shape][tokens][0] * count for shape, count in counts.items())
     sparse = sum(times[shape][tokens][1] * count for shape, count in counts.items())
     return (dense + head) / (sparse + head)
+
+
+def _alternatives(num_weights: int, rest: int, size: int) -> dict[str, dict[str, float]]:
+    """What other forms of the layers would take and could gain; the rest stays as it is."""
+    dense = rest + num_weights * size
+    forms = {}
+    for name, (per_weight, operations) in ALTERNATIVES.items():
+        taken = rest + round(num_weights * per_weight)
+        forms[name] = {
+            "bytes": taken,
+            "byte_limit": dense / taken,
+            "operation_limit": dense / (rest + num_weights * size / operations),
+        }
+    return forms
 
 
 def _packed_bytes(n: int, k: int, size: int) -> int:

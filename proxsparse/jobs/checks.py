@@ -72,7 +72,7 @@ def recovery_settings(settings: dict[str, Any]) -> dict[str, Any]:
         ProxsparseError: one that it has no use for.
     """
     given = {key: value for key, value in settings.items() if value is not None}
-    for key in ("targets", "ignore", "lam", "random_init"):
+    for key in ("targets", "ignore", "lam", "random_init", "quantize"):
         if given.pop(key, None):
             raise ProxsparseError(f"{key} is not used by recover: drop it")
     return given

@@ -10,7 +10,7 @@ import torch
 from proxsparse.jobs.output import versions
 from proxsparse.ops import dispatch, schemas
 
-_OPTIONAL = ("triton", "datasets", "accelerate", "matplotlib", "lm_eval")
+_OPTIONAL = ("triton", "datasets", "accelerate", "matplotlib", "lm_eval", "compressed_tensors")
 
 
 def describe_environment() -> dict[str, Any]:

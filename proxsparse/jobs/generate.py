@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxsparse.config import FP8_DYNAMIC
 from proxsparse.errors import ProxsparseError
 from proxsparse.inference.decoding import decode_greedily
 from proxsparse.inference.sparse_linear import sparse_layers
@@ -70,10 +71,15 @@ def generate(
         raise ProxsparseError("the prompt is empty: give --prompt some text")
     _check_room(loaded.model, input_ids.shape[-1], max_new_tokens)
     runs: dict[str, dict[str, Any]] = {}
+    packed = sparse_layers(loaded.model)
+    scales = {name: x.weight_scale for name, x in packed.items() if x.weight_scale is not None}
+    scales |= loaded.scales
+    del packed
     if compare:
         densify_(loaded.model)
         runs["dense"] = _run(loaded, input_ids, max_new_tokens, compile)
-    report = sparsify_(loaded.model, keep_dense=keep_dense)
+    quantize = FP8_DYNAMIC if scales else None
+    report = sparsify_(loaded.model, keep_dense=keep_dense, quantize=quantize, scales=scales)
     runs["sparse"] = _run(loaded, input_ids, max_new_tokens, compile)
     tokens = [run.pop("tokens") for run in runs.values()]
     speeds = [run["tokens_per_second"] for run in runs.values()]

@@ -302,11 +302,14 @@ def write_result(
     report: dict[str, Any],
     history: list[dict[str, float]],
     dense_loss: float | None = None,
+    fp8_entry: dict[str, Any] | None = None,
 ) -> None:
     """Write a pruned model, its masks, report, card and training plot into `directory`.
 
     The rest of the checkpoint that the model was read from comes along bitwise. One that was made
-    (`random_init`, GGUF) is written as transformers has it.
+    (`random_init`, GGUF) is written as transformers has it. With an entry that says FP8_DYNAMIC,
+    pruned layers are written in FP8: those of the files as they are there, others rounded row by
+    row.
     """
     if base.is_made:
         save_model(base.model, base.tokenizer, directory)
@@ -315,7 +318,8 @@ def write_result(
         files = open_checkpoint(base.id, base.revision)
         write_card(directory, report, files.directory)
         places = FileTargets(base.model, targets_of(base.model, masks), files)
-        write_checkpoint(files, directory, places.masking(masks))
+        change = places.masking(masks, in_fp8=fp8_entry is not None)
+        write_checkpoint(files, directory, change, quantization_config=fp8_entry)
     masks.save(directory / FILE)
     if history:
         from proxsparse.jobs.plots import plot_training

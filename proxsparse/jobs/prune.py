@@ -34,6 +34,7 @@ from proxsparse.jobs.output import (
 )
 from proxsparse.jobs.quality import Quality, why_not_measured
 from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.jobs.rounding import entry_of, settle_fp8_
 from proxsparse.learning import distributed
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
@@ -105,6 +106,11 @@ def learn_masks(
             f"{recipe.method.name} changes the weights it keeps, so its masks alone are not its "
             "result: pass mask_only=True, or use prune()"
         )
+    if recipe.run.quantize is not None:
+        raise ProxsparseError(
+            f"quantize is {recipe.run.quantize!r}, which would round the model in memory: use "
+            "prune(), or learn masks on a model that you have rounded"
+        )
     targets = find_targets(model, recipe.targets)
     recipe = settle_memory(recipe, model, targets, next(model.parameters()).device)
     check_finite(targets)
@@ -131,7 +137,8 @@ def prune(
 
     The directory holds a dense checkpoint with zeros (any Hugging Face program loads it), its
     tokenizer, `proxsparse.masks`, `proxsparse.json` (recipe, provenance, per-layer report) and,
-    for learned methods, `metrics.jsonl` and `training.png`.
+    for learned methods, `metrics.jsonl` and `training.png`. With `quantize`, and of a model that is
+    in FP8 already, it is a dense checkpoint in FP8, bitwise the masks on the rounded model.
 
     Args:
         model: local directory or Hub name.
@@ -171,12 +178,13 @@ def prune(
         base = _load_base(model, recipe, home)
         targets = find_targets(base.model, recipe.targets)
         check_finite(targets)
+        fingerprint = model_fingerprint(targets)  # of the weights before they are rounded
+        entry = settle_fp8_(recipe, base, targets)
         check_causal(base.model)
         if not base.is_made:  # what cannot be written is said before the work
             FileTargets(base.model, targets, open_checkpoint(base.id, base.revision))
         source = recipe.calibration.calibration if calibration is None else calibration
         data = load_data(source, base.tokenizer, recipe, base.model)
-        fingerprint = model_fingerprint(targets)
         identity = recipe.key(fingerprint, data.fingerprint if data else "")
         claim(partial, identity)
         checkpoints = Checkpoints(partial / "checkpoints", identity)
@@ -194,6 +202,7 @@ def prune(
         if several:
             base = _load_base(model, recipe, home)
             targets = find_targets(base.model, recipe.targets)
+            settle_fp8_(recipe, base, targets)
         masks.metadata.update(mask_metadata(recipe, fingerprint, base.id, base.revision))
         report = pruned_report(
             recipe.as_dict(),
@@ -210,7 +219,7 @@ def prune(
         if quality and why_not:
             report["quality_not_measured"] = why_not
         dense_loss = _dense_loss(recipe, measured)
-        write_result(partial, base, masks, report, history, dense_loss)
+        write_result(partial, base, masks, report, history, dense_loss, entry)
     return PruneResult(masks, report, history)
 
 
@@ -283,7 +292,7 @@ def apply(
         )
         check_output_fits(partial, base.model, targets)
         apply_masks_(base.model, masks)
-        write_result(partial, base, masks, report, [])
+        write_result(partial, base, masks, report, [], fp8_entry=entry_of(base, targets))
     return PruneResult(masks, report, [])
 
 

@@ -111,6 +111,8 @@ class Recipe:
         settings = self.as_dict()
         for harmless in ("checkpoint_every", "calibration", "split", "text_column", "tracker"):
             settings.pop(harmless, None)
+        if settings["quantize"] is None:  # as runs of earlier versions have it
+            del settings["quantize"]
         text = json.dumps([settings, inputs], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -38,6 +38,7 @@ from proxsparse.jobs.prune import (
     shard,
 )
 from proxsparse.jobs.recipe import Recipe, make_recipe
+from proxsparse.jobs.rounding import refuse_fp8
 from proxsparse.learning import distributed
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
@@ -96,6 +97,7 @@ def recover(
         began = time.perf_counter()
         home = torch.device("cpu") if several else device
         dense = load_model(base, home)
+        refuse_fp8(dense, "recover")
         pruned = _read_pruned(model, dense.model, base)
         targets = targets_of(dense.model, pruned.masks)
         check_finite(targets)

@@ -116,7 +116,8 @@ class RunMarker:
     pid: int = 0
 
 
-READABLE_FORMATS = (1, 2)  # of packed models; the first has no empty `weight`
+READABLE_FORMATS = (1, 2)  # of packed models in 16 bits; the first has no empty `weight`
+FP8_FORMAT = 3  # of those with 8-bit values, which earlier versions would misread
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class PackedEntry:
     layers: list[str]
     memory: str | None = None
     keep_dense: bool = False
+    scheme: str | None = None
     format_version: int = 1
     quant_method: str = ""
 

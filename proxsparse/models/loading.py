@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from proxsparse.config import FP8_DYNAMIC
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.checkpoint_files import INDEX, open_checkpoint, write_index
 from proxsparse.models.files import model_name
 from proxsparse.models.forms import check_config
+from proxsparse.models.fp8 import find_entry, scale_weights_
 from proxsparse.models.gguf import dequantising, gguf_arguments, quantised_types
 from proxsparse.models.positions import text_config
 from proxsparse.models.targets import Targets, check_in_memory
@@ -25,7 +27,8 @@ class LoadedModel:
     """A causal LM with its tokenizer and where it came from.
 
     `is_made` says that no safetensors file holds its weights: they are random, or dequantised from
-    a GGUF file of the types `dequantised_from`.
+    a GGUF file of the types `dequantised_from`. Of a checkpoint in FP8, the weights are what it
+    stands for, and `scales` has those of each layer, float32 [N].
     """
 
     model: Any
@@ -34,6 +37,12 @@ class LoadedModel:
     revision: str | None
     is_made: bool = False
     dequantised_from: str | None = None
+    scales: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scheme(self) -> str | None:
+        """How the files round the weights: "FP8_DYNAMIC" or None."""
+        return FP8_DYNAMIC if self.scales else None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -89,7 +98,8 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
     """Load a causal LM (safetensors only, its own dtype) and its tokenizer.
 
     Weights go from the file to the device one by one; there is never a second copy. Those of a
-    GGUF file are dequantised to bfloat16 in the CPU's memory first.
+    GGUF file are dequantised to bfloat16 in the CPU's memory first. A checkpoint of scheme
+    FP8_DYNAMIC is loaded as the dense model that it stands for.
 
     Args:
         model: a local directory, a GGUF file or a name on the Hugging Face Hub.
@@ -107,11 +117,14 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
             check_config(Path(name))
         config = AutoConfig.from_pretrained(place, **gguf)
         _check_config(name, config)
+        is_fp8 = find_entry(config.to_dict()) is not None
+        if is_fp8:
+            _drop_quantisation(config)
         architectures = tuple(getattr(config, "architectures", None) or ())
         result: Any = AutoModelForCausalLM.from_pretrained(
             place,
             config=config,
-            dtype=torch.bfloat16 if gguf else "auto",
+            dtype=_dtype(config, bool(gguf), is_fp8),
             use_safetensors=not gguf,
             output_loading_info=True,
             **({**gguf, **dequantising()} if gguf else {"device_map": {"": device}}),
@@ -134,7 +147,21 @@ def load_model(model: str | os.PathLike[str], device: torch.device) -> LoadedMod
     if gguf:
         return _dequantised(loaded.to(device, torch.bfloat16), tokenizer, name)
     revision = getattr(loaded.config, "_commit_hash", None)
-    return LoadedModel(loaded, tokenizer, name, revision)
+    scales = scale_weights_(loaded, open_checkpoint(name, revision)) if is_fp8 else {}
+    return LoadedModel(loaded, tokenizer, name, revision, scales=scales)
+
+
+def _dtype(config: Any, is_gguf: bool, is_fp8: bool) -> Any:
+    if is_gguf:
+        return torch.bfloat16
+    return (config.dtype or torch.bfloat16) if is_fp8 else "auto"
+
+
+def _drop_quantisation(config: Any) -> None:
+    """Let transformers build the dense model: e4m3 numbers it casts to 16 bits as they are."""
+    for key in ("quantization_config", "compression_config"):
+        if hasattr(config, key):
+            delattr(config, key)
 
 
 def _dequantised(model: Any, tokenizer: Any, name: str) -> LoadedModel:

@@ -8,10 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from proxsparse import ops
 from proxsparse.errors import ProxsparseError
 from proxsparse.models.checkpoint_files import CheckpointFiles, in_file
+from proxsparse.models.fp8 import scale_name
 from proxsparse.models.masks import Masks
 from proxsparse.models.targets import Target, Targets
+from proxsparse.ops.reference import FP8
 
 _KEPT = torch.ones((), dtype=torch.bool)  # expanded to any shape, it takes no memory
 _CHANGED = torch.zeros((), dtype=torch.bool)
@@ -83,11 +86,18 @@ class FileTargets:
                 )
         return in_file(self._model, tensors, self._files.shapes)
 
-    def masking(self, masks: Masks) -> Callable[[str, Tensor], dict[str, Tensor]]:
+    def masking(
+        self, masks: Masks, *, in_fp8: bool = False
+    ) -> Callable[[str, Tensor], dict[str, Tensor]]:
         """What becomes of a tensor of the files when the model, as it is now, is written.
 
         Kept weights that the model has not changed stay bitwise what they are in the file, in
         whatever dtype; pruned ones become +0.0. Everything else stays.
+
+        Args:
+            masks: of the targets.
+            in_fp8: write them in FP8 instead. The weights of the files are rounded row by row
+                before they are pruned, or are in FP8 already; the model's own do not count.
         """
 
         def mask(target: Target) -> Tensor:
@@ -103,11 +113,25 @@ class FileTargets:
             if group is None:
                 return {name: stored}
             kept, now = (view[name].cpu() for view in views(group))
+            if in_fp8:
+                return _mask_fp8(name, stored, kept)
             same = _bits(stored.to(now.dtype)) == _bits(now)
             new = torch.where(same, stored, now.to(stored.dtype))
             return {name: new.masked_fill_(~kept, 0)}
 
         return change
+
+
+def _mask_fp8(name: str, stored: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """A weight of the files in FP8 under its mask; with its scales, where it had none."""
+    if stored.dtype == FP8:
+        return {name: _under_mask(stored, kept)}
+    values, scale = ops.quantize_fp8(stored)
+    return {name: _under_mask(values, kept), scale_name(name): scale.unsqueeze(-1)}
+
+
+def _under_mask(values: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(kept, values.view(torch.uint8), 0).to(torch.uint8).view(FP8)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from torch import Tensor
 from proxsparse.errors import ProxsparseError
 from proxsparse.ops import reference
 from proxsparse.ops.dispatch import BACKENDS, forced_backend, implementation, use_backend
-from proxsparse.ops.reference import MAX_DECODE_TOKENS
+from proxsparse.ops.reference import FP8, MAX_DECODE_TOKENS
 from proxsparse.ops.schemas import OPS
 
 __all__ = [
     "BACKENDS",
+    "FP8",
     "MAX_DECODE_TOKENS",
     "OPS",
     "can_compress",
@@ -43,9 +44,11 @@ __all__ = [
     "project_2to4",
     "prox_2to4",
     "prox_adamw_",
+    "quantize_fp8",
     "settled_sparse_linear",
     "sparse_linear",
     "sparse_linear_decode",
+    "sparse_linear_fp8",
     "sparse_linear_group",
     "unpack_2to4",
     "use_backend",
@@ -144,19 +147,43 @@ def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
     """Kept values and group codes of a 2:4 tensor; see `reference.pack_2to4`.
 
     Raises:
-        ProxsparseError: a group has three or four non-zeros; the first one is named. (Checking
-            reads one flag back to the host; inside torch.compile it is skipped.)
+        ProxsparseError: a group has three or four non-zeros; the first one is named. Or 8-bit
+            values hold NaN. (Checking reads a flag back to the host; inside torch.compile it is
+            skipped.)
     """
     _check_groups("w", w)
     w = w.contiguous()
+    if w.dtype == FP8:
+        check_fp8("w", w)
     _check_2to4(w)
     return _op.pack_2to4(w)  # type: ignore[no-any-return]
+
+
+def check_fp8(name: str, values: Tensor) -> None:
+    """Refuse 8-bit values that hold NaN, which no finite weight rounds to.
+
+    Args:
+        name: what an error calls the tensor.
+        values: float8_e4m3fn, any shape. Reads a flag back to the host; inside torch.compile and
+            on the meta device nothing is looked at.
+
+    Raises:
+        ProxsparseError: names how many values are NaN.
+    """
+    if torch.compiler.is_compiling() or values.is_meta:
+        return
+    count = int((values.view(torch.uint8) & 0x7F == 0x7F).sum())
+    if count:
+        raise ProxsparseError(
+            f"{name} has {count} values with the code of NaN (0x7F or 0xFF): it was made from NaN "
+            "or infinite weights, or its file is damaged; quantise sound weights again"
+        )
 
 
 def _check_2to4(w: Tensor) -> None:
     if torch.compiler.is_compiling() or is_2to4(w):
         return
-    group = int((w.reshape(-1, 4) != 0).sum(-1).gt(2).nonzero()[0])
+    group = int((reference.widened(w).reshape(-1, 4) != 0).sum(-1).gt(2).nonzero()[0])
     row, column = divmod(4 * group, w.shape[-1])
     raise ProxsparseError(
         f"w is not 2:4: row {row}, columns {column} to {column + 3} hold "
@@ -173,7 +200,7 @@ def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
     expected = [*values.shape[:-1], (k + 7) // 8]
     if codes.dim() == 3 and values.dim() == 2:
         if values.is_cuda:
-            expected = list(_tiles_shape(*values.shape))
+            expected = list(_tiles_shape(values))
         else:  # no kernel of a CPU reads tiles
             codes = code_rows(values, codes)
     if k % 4 or list(codes.shape) != expected or codes.dtype != torch.uint8:
@@ -442,15 +469,114 @@ def sparse_linear_group(
     )
 
 
+def quantize_fp8(w: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows as e4m3 values and a scale each; see `reference.quantize_fp8`.
+
+    Raises:
+        ProxsparseError: w is no floating tensor with a dimension, holds NaN or infinity, or the
+            scales do not fit. (Checking reads a flag back to the host; inside torch.compile it is
+            skipped.)
+    """
+    if w.dim() == 0 or not w.is_floating_point() or w.element_size() == 1:
+        raise ProxsparseError(
+            f"w is {list(w.shape)} of {w.dtype}: rows of float32, bfloat16 or float16 are needed"
+        )
+    if scale is not None and (
+        scale.shape != w.shape[:-1] or scale.dtype != torch.float32 or scale.device != w.device
+    ):
+        raise ProxsparseError(
+            f"scale is {list(scale.shape)} of {scale.dtype} on {scale.device}; w needs "
+            f"{list(w.shape[:-1])} of torch.float32 on {w.device}, a scale for each row"
+        )
+    if not torch.compiler.is_compiling() and not w.is_meta:
+        _check_quantizable(w, scale)
+    scale = None if scale is None else scale.contiguous()
+    return _op.quantize_fp8(w.contiguous(), scale)  # type: ignore[no-any-return]
+
+
+def _check_quantizable(w: Tensor, scale: Tensor | None) -> None:
+    if not torch.isfinite(w).all():
+        count = int((~torch.isfinite(w)).sum())
+        raise ProxsparseError(
+            f"w has {count} entries that are NaN or infinite, which no scale can hold: the weights "
+            "are damaged or overflowed in float16; load sound ones"
+        )
+    if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ProxsparseError("a scale is zero, negative, NaN or infinite: each must be positive")
+
+
+def sparse_linear_fp8(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dense: Tensor | None = None,
+) -> Tensor:
+    """The product with a packed 2:4 weight in FP8; see `reference.sparse_linear_fp8`.
+
+    Gradients reach x, as if it had not been rounded, and the bias.
+    """
+    check_packed_2to4(values, codes)
+    n, k = values.shape[0], 2 * values.shape[1]
+    if values.dtype != FP8:
+        raise ProxsparseError(
+            f"values are {values.dtype}: sparse_linear_fp8 multiplies with {FP8}, sparse_linear "
+            "with 16 and 32 bits"
+        )
+    check_weight_scale(values, weight_scale)
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ProxsparseError(f"x is {x.dtype}: bfloat16, float16 or float32 is needed")
+    if dense is not None and (list(dense.shape) != [n, k] or dense.dtype != FP8):
+        raise ProxsparseError(
+            f"dense is {list(dense.shape)} of {dense.dtype}: the same weight is [{n}, {k}] of {FP8}"
+        )
+    _check_features(x, values, bias)
+    return _op.sparse_linear_fp8(  # type: ignore[no-any-return]
+        x, values, codes, weight_scale, bias, dense
+    )
+
+
+def check_weight_scale(values: Tensor, weight_scale: Tensor) -> None:
+    """Refuse scales that do not fit an FP8 weight, by all that can be told without reading them.
+
+    Raises:
+        ProxsparseError: another shape, dtype or device.
+    """
+    n = values.shape[0]
+    if list(weight_scale.shape) != [n] or weight_scale.dtype != torch.float32:
+        raise ProxsparseError(
+            f"weight_scale is {list(weight_scale.shape)} of {weight_scale.dtype}: the weight has "
+            f"{n} rows, each with a scale of torch.float32"
+        )
+    if weight_scale.device != values.device:
+        raise ProxsparseError(
+            f"values are on {values.device} and weight_scale on {weight_scale.device}: move the "
+            "layer as a whole; meta means that a tensor is not in memory"
+        )
+
+
 def _check_packed_product(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
     check_packed_2to4(values, codes)
+    if values.dtype == FP8:
+        raise ProxsparseError("the values are FP8 and need a scale: use sparse_linear_fp8")
+    if x.dtype != values.dtype:
+        raise ProxsparseError(
+            f"x is {x.dtype} on {x.device}, but the weight is {values.dtype} on {values.device}: "
+            "they must agree"
+        )
+    _check_features(x, values, bias)
+
+
+def _check_features(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
     n, half = values.shape
     if x.dim() == 0 or x.shape[-1] != 2 * half:
         raise ProxsparseError(
             f"x is {list(x.shape)}, but the weight is [{n}, {2 * half}]: the last dimension must "
             f"be its in_features, {2 * half}"
         )
-    if x.dtype != values.dtype or x.device != values.device:
+    if x.device != values.device:
         raise ProxsparseError(
             f"x is {x.dtype} on {x.device}, but the weight is {values.dtype} on {values.device}: "
             "they must agree"
@@ -478,16 +604,21 @@ def check_packed_2to4(values: Tensor, codes: Tensor) -> None:
     if (
         values.dim() != 2
         or half % 2
-        or codes.shape not in ((n, (half + 3) // 4), _tiles_shape(n, half))
+        or codes.shape not in ((n, (half + 3) // 4), _tiles_shape(values))
     ):
         raise ProxsparseError(
             f"values {list(values.shape)} and codes {list(codes.shape)} are no packed 2:4 weight: "
             "expected [N, K/2] and [N, ceil(K/8)] from pack_2to4, or codes in tiles"
         )
-    if codes.dtype != torch.uint8 or not values.dtype.is_floating_point:
+    is_8_bit = values.element_size() == 1
+    if (
+        codes.dtype != torch.uint8
+        or not values.dtype.is_floating_point
+        or (is_8_bit and values.dtype != FP8)
+    ):
         raise ProxsparseError(
             f"values are {values.dtype} and codes {codes.dtype}: a packed 2:4 weight has "
-            "floating-point values and codes of uint8, as pack_2to4 returns them"
+            f"floating-point values (in 8 bits {FP8}) and codes of uint8, as pack_2to4 returns them"
         )
     if codes.device != values.device:
         raise ProxsparseError(
@@ -496,8 +627,11 @@ def check_packed_2to4(values: Tensor, codes: Tensor) -> None:
         )
 
 
-def _tiles_shape(n: int, half: int) -> tuple[int, int, int]:
-    return -(-n // 64), half // 16, 256
+def _tiles_shape(values: Tensor) -> tuple[int, int, int]:
+    """Of the codes. Tiles for 8-bit values have another shape than others: none passes for both."""
+    n, half = values.shape
+    columns, size = (32, 512) if values.element_size() == 1 else (16, 256)
+    return -(-n // 64), half // columns, size
 
 
 def code_rows(values: Tensor, codes: Tensor) -> Tensor:
@@ -512,13 +646,14 @@ def code_rows(values: Tensor, codes: Tensor) -> Tensor:
     """
     if codes.dim() == 2:
         return codes
-    n, half = values.shape
-    if codes.shape != _tiles_shape(n, half) or codes.dtype != torch.uint8:
+    if codes.shape != _tiles_shape(values) or codes.dtype != torch.uint8:
         raise ProxsparseError(
-            f"values {list(values.shape)} need tiles of codes of shape {_tiles_shape(n, half)} and "
+            f"values {list(values.shape)} need tiles of codes of shape {_tiles_shape(values)} and "
             f"dtype uint8, not {list(codes.shape)} and {codes.dtype}"
         )
-    return reference.untile_codes(codes, n)
+    is_8_bit = values.element_size() == 1
+    untile = reference.untile_codes_8_bit if is_8_bit else reference.untile_codes
+    return untile(codes, values.shape[0])
 
 
 def lay_out_2to4(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

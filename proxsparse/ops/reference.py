@@ -24,6 +24,9 @@ MAX_DECODE_TOKENS = 64  # of `sparse_linear_decode`
 _NEWTON_STEPS = {torch.float64: 20, torch.float32: 9}
 PRIOR_FLOOR = 1e-3
 QUANTUM_BLOCK = 256  # elements of a matrix that share the scales of 8-bit moments
+FP8 = torch.float8_e4m3fn  # e4m3: no infinities, NaN where exponent and fraction are all ones
+FP8_MAX = 448.0
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: GPUs may flush smaller ones to zero
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -187,7 +190,7 @@ def mask_2to4(score: Tensor) -> Tensor:
     Returns:
         bool [..., K] with exactly two True per group.
     """
-    g = score.reshape(*score.shape[:-1], score.shape[-1] // 4, 4).abs()
+    g = widened(score).reshape(*score.shape[:-1], score.shape[-1] // 4, 4).abs()
     keep = g.sort(dim=-1, descending=True, stable=True).indices[..., :2]
     return torch.zeros_like(g, dtype=torch.bool).scatter_(-1, keep, True).reshape(score.shape)
 
@@ -202,12 +205,24 @@ def project_2to4(w: Tensor, score: Tensor | None = None) -> Tensor:
     Returns:
         A new tensor like w; kept entries are bitwise those of w.
     """
-    return torch.where(mask_2to4(w if score is None else score), w, 0.0).to(w.dtype)
+    bits = _movable(w)
+    zero = torch.zeros((), dtype=bits.dtype, device=w.device)
+    return torch.where(mask_2to4(w if score is None else score), bits, zero).view(w.dtype)
 
 
 def is_2to4(w: Tensor) -> Tensor:
     """Whether every group of four has at most two non-zeros (NaN counts as non-zero); 0-d bool."""
-    return (w.reshape(-1, 4) != 0).sum(-1).le(2).all()
+    return (widened(w).reshape(-1, 4) != 0).sum(-1).le(2).all()
+
+
+def widened(x: Tensor) -> Tensor:
+    """The numbers in a dtype that PyTorch can compare everywhere."""
+    return x.float() if x.dtype == FP8 else x
+
+
+def _movable(x: Tensor) -> Tensor:
+    """The bits in a dtype that PyTorch can select and scatter; `view(x.dtype)` is the way back."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x
 
 
 def mask_to_codes(mask: Tensor) -> Tensor:
@@ -268,6 +283,37 @@ def untile_codes(tiles: Tensor, n: int) -> Tensor:
     return nibbles[..., 0] | nibbles[..., 1] << 4
 
 
+def tile_codes_8_bit(codes: Tensor) -> Tensor:
+    """The codes of a weight of 8-bit values as Hopper's sparse tensor cores read them.
+
+    They are not those of `tile_codes`: with 8 bits every thread of a warpgroup gives the places of
+    one row. A tile holds 64 rows and 64 columns. Of thread t, with q = t % 4, bytes 4t to 4t + 3
+    hold row 16*(t // 32) + t % 32 // 4 + 8*(q % 2), columns 32*(q // 2) to 32*(q // 2) + 31, in the
+    order of `pack_2to4`.
+
+    Args:
+        codes: uint8 [N, K/8], K a multiple of 64.
+
+    Returns:
+        uint8 [ceil(N/64), K/64, 512]; rows past the last keep their first two.
+
+    Source: PTX ISA, matrix fragments of wgmma.mma_async.sp for .e4m3, sparsity selector 0.
+    """
+    n, width = codes.shape
+    tiles, columns = -(-n // 64), width // 8
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, 64 * tiles - n), value=0x44)
+    # [tile, warp, upper or lower 8 rows, row, tile column, half, byte]
+    codes = codes.reshape(tiles, 4, 2, 8, columns, 2, 4).permute(0, 4, 1, 3, 5, 2, 6)
+    return codes.reshape(tiles, columns, 512)
+
+
+def untile_codes_8_bit(tiles: Tensor, n: int) -> Tensor:
+    """The codes [N, K/8] behind `tile_codes_8_bit`'s [ceil(N/64), K/64, 512]."""
+    count, columns, _ = tiles.shape
+    codes = tiles.reshape(count, columns, 4, 8, 2, 2, 4).permute(0, 2, 5, 3, 1, 4, 6)
+    return codes.reshape(64 * count, 8 * columns)[:n]
+
+
 def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
     """The two kept values of each group, and where they stood.
 
@@ -280,19 +326,22 @@ def pack_2to4(w: Tensor) -> tuple[Tensor, Tensor]:
             keeps zeros at the lowest free positions.
     """
     mask = mask_2to4(w)
-    values = w.reshape(-1)[mask.reshape(-1)].reshape(*w.shape[:-1], w.shape[-1] // 2)
-    return values, mask_to_codes(mask)
+    values = _movable(w).reshape(-1)[mask.reshape(-1)].reshape(*w.shape[:-1], w.shape[-1] // 2)
+    return values.view(w.dtype), mask_to_codes(mask)
 
 
 def unpack_2to4(values: Tensor, codes: Tensor) -> Tensor:
     """The dense [..., K] behind `pack_2to4`'s values [..., K/2] and codes [..., ceil(K/8)].
 
-    The codes of a weight [N, K] may be in tiles, see `tile_codes`.
+    The codes of a weight [N, K] may be in tiles, see `tile_codes`, and for 8-bit values
+    `tile_codes_8_bit`.
     """
     if codes.dim() == 3 and values.dim() == 2:
-        codes = untile_codes(codes, values.shape[0])
-    mask = codes_to_mask(codes, 2 * values.shape[-1])
-    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter_(mask, values)
+        untile = untile_codes_8_bit if values.element_size() == 1 else untile_codes
+        codes = untile(codes, values.shape[0])
+    mask, bits = codes_to_mask(codes, 2 * values.shape[-1]), _movable(values)
+    dense = torch.zeros_like(mask, dtype=bits.dtype).masked_scatter_(mask, bits)
+    return dense.view(values.dtype)
 
 
 def sparse_linear(
@@ -367,6 +416,85 @@ def sparse_linear_group(
     """
     forms = zip(values, codes, bias, compressed, dense, strict=True)
     return [sparse_linear(x, *weight) for weight in forms]
+
+
+def quantize_fp8(w: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each row as e4m3 values and one scale: w is about values * scale.
+
+        scale = max(max|row| / 448, 2^-126), or 1 for a row of zeros
+        values = e4m3(clamp(row / scale, -448, 448))
+
+    Both divisions are rounded in float32, the values to nearest even. What rounds to zero is +0.
+    With scales given, a value depends on its own entry alone: pruning and rounding then commute bit
+    for bit.
+
+    Args:
+        w: [..., K], floating; float64 is rounded to float32 first.
+        scale: float32 [...] of positive numbers, or None.
+
+    Returns:
+        values: float8_e4m3fn [..., K]; a row with NaN or infinity holds NaN.
+        scale: float32 [...].
+
+    Cost: memory-bound when fused; reads w once, writes one byte an entry.
+
+    Source: scheme FP8_DYNAMIC of compressed-tensors (weights by row, activations by token).
+    """
+    x = w.float()
+    if scale is None:
+        largest = x.abs().amax(-1) if w.shape[-1] else x.new_zeros(w.shape[:-1])
+        # By a tensor: a GPU would multiply by the reciprocal of a number, which rounds otherwise.
+        scale = (largest / torch.full_like(largest, FP8_MAX)).clamp_min(_SMALLEST_SCALE)
+        scale = torch.where(largest == 0, 1.0, scale)
+    rounded = (x / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    # In bits: arithmetic on 8-bit floats is not defined everywhere.
+    bits = rounded.view(torch.uint8)
+    return torch.where(bits == 0x80, 0, bits).view(FP8), scale
+
+
+def dequantize_fp8(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows [..., K] that `quantize_fp8`'s results stand for, rounded to `dtype`."""
+    return (values.float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def sparse_linear_fp8(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
+    """The linear layer of a packed 2:4 weight in FP8, with activations rounded token by token.
+
+        xq, xs = quantize_fp8(x)
+        y = (xq @ Wq^T) * xs * weight_scale + bias
+
+    All in float32: products of two e4m3 numbers are exact there, sums are not.
+
+    Args:
+        x: [..., K] input, bfloat16, float16 or float32.
+        values: float8_e4m3fn [N, K/2], from `pack_2to4` of `quantize_fp8`'s values.
+        codes: uint8 [N, ceil(K/8)], from `pack_2to4`, or in tiles from `tile_codes_8_bit`.
+        weight_scale: float32 [N].
+        bias: [N] of x's dtype, or None.
+        dense: float8_e4m3fn [N, K], the values unpacked, if they are at hand.
+
+    Returns:
+        [..., N] of x's dtype, rounded once. A token with NaN or infinity gives NaN.
+
+    Cost: for few tokens memory-bound in the weight, 5/16 of the bytes of a dense one in 16 bits;
+    for many compute-bound.
+
+    Source: scheme FP8_DYNAMIC of compressed-tensors.
+    """
+    w = unpack_2to4(values, codes) if dense is None else dense
+    x_values, x_scale = quantize_fp8(x)
+    y = torch.nn.functional.linear(x_values.float(), w.float())
+    y = y * x_scale.unsqueeze(-1) * weight_scale
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
 
 
 def frozen_regularizer_grad(p: Tensor, w0: Tensor, reg_eps: float) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from proxsparse.ops.dispatch import choose
+from proxsparse.ops.reference import FP8, dequantize_fp8
 
 _STEP = "Tensor step, Tensor lr, Tensor lam, Tensor grad_scale"
 _ADAM = "float beta1, float beta2, float eps"
@@ -41,6 +42,10 @@ def _like_pack(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def _like_product(x: Tensor, values: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _like_quantized(w: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return w.new_empty(w.shape, dtype=FP8), w.new_empty(w.shape[:-1], dtype=torch.float32)
 
 
 OPS = {
@@ -80,6 +85,12 @@ OPS = {
         "Tensor?[] compressed, Tensor?[] dense) -> Tensor[]",
         lambda x, values, *_: [_like_product(x, w) for w in values],
     ),
+    "quantize_fp8": Op("(Tensor w, Tensor? scale) -> (Tensor, Tensor)", _like_quantized),
+    "sparse_linear_fp8": Op(
+        "(Tensor x, Tensor values, Tensor codes, Tensor weight_scale, Tensor? bias, "
+        "Tensor? dense) -> Tensor",
+        _like_product,
+    ),
     "compress_2to4": Op(  # only the library knows the size
         "(Tensor w) -> Tensor",
         lambda w: w.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
@@ -106,6 +117,26 @@ def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return grad_x, None, None, grad_bias, None, None
 
 
+def _save_fp8_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, codes, weight_scale, bias, dense = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(values, codes, weight_scale, dense)
+
+
+def _sparse_linear_fp8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """As if x had not been rounded (a straight-through estimate); the weight is frozen."""
+    from proxsparse.ops import unpack_2to4
+
+    values, codes, weight_scale, dense = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        w = unpack_2to4(values, codes) if dense is None else dense
+        grad_x = grad @ dequantize_fp8(w, weight_scale, grad.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, None, grad_bias, None
+
+
 _library = torch.library.Library("proxsparse", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -124,5 +155,11 @@ torch.library.register_autograd(
     "proxsparse::sparse_linear",
     _sparse_linear_backward,
     setup_context=_save_for_backward,
+    lib=_library,
+)
+torch.library.register_autograd(
+    "proxsparse::sparse_linear_fp8",
+    _sparse_linear_fp8_backward,
+    setup_context=_save_fp8_for_backward,
     lib=_library,
 )

@@ -83,6 +83,11 @@ class SparseConfig(QuantizationConfig):  # type: ignore[misc]
         from proxsparse.models.forms import READABLE_FORMATS, PackedEntry, checked
 
         entry = checked(PackedEntry, config, "the quantization_config of the model")
+        if entry.scheme is not None:
+            raise ProxsparseError(
+                f"the model is packed in {entry.scheme}, which the plug-in cannot serve yet: write "
+                "it with proxsparse export, which vLLM serves as dense FP8, or pack it in 16 bits"
+            )
         if entry.format_version not in READABLE_FORMATS:
             raise ProxsparseError(
                 f"the model is packed in format {entry.format_version}, this proxsparse reads up "

@@ -222,10 +222,67 @@ float element_at(std::ptrdiff_t offset) {
   return element<T>(bits, 0);
 }
 
+struct Fp8 {};
+
+inline float fp8_at(std::ptrdiff_t offset, int row_bytes) {
+  const unsigned char bits = dynamic_shared_memory()[exchanged(offset, row_bytes)];
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  if ((bits & 127) == 127) return NAN;
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(fraction), -9)
+                              : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
+  return bits & 128 ? -magnitude : magnitude;
+}
+
+// With numbers of 8 bits every thread of a quad gives eight codes of one row: thread q of it those
+// of row r + 8 * (q % 2), of columns 32 * (q / 2) to 32 * (q / 2) + 31.
+template <int kTokens, int kRowBytes>
+void multiply_add_fp8(float (&sum)[kTokens / 2], const void* w, const void* x,
+                      std::uint32_t metadata, int adds) {
+  const std::uint64_t mine[1] = {metadata};
+  std::uint64_t all[32][1];
+  exchange(mine, all);
+  const int lane = static_cast<int>(emulator::current->thread % 32);
+  const int warp = static_cast<int>(emulator::current->thread / 32 % 4);
+  std::uint32_t words[2][2];
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 2; ++i) {
+      words[half][i] = static_cast<std::uint32_t>(all[lane / 4 * 4 + half + 2 * i][0]);
+    }
+  }
+  const std::ptrdiff_t w_at = offset_of(w), x_at = offset_of(x);
+  const auto multiply = [=, sums = &sum[0]] {
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * 16 + lane / 4 + half * 8;
+      float kept[32];
+      int columns[32];
+      for (int j = 0; j < 32; ++j) {
+        const int group = j / 2, code = words[half][group / 8] >> (4 * (group % 8)) & 15;
+        const bool is_valid = (code & 3) < code >> 2;  // undefined on the GPU if not
+        kept[j] = is_valid ? fp8_at(w_at + row * kRowBytes + j, kRowBytes) : NAN;
+        columns[j] = group * 4 + (j % 2 ? code >> 2 : code & 3);
+      }
+      for (int i = 0; i < kTokens / 2; ++i) {
+        if (i % 4 / 2 != half) continue;
+        const std::ptrdiff_t token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (adds == 0) sums[i] = 0;
+        for (int j = 0; j < 32; ++j) {
+          sums[i] += kept[j] * fp8_at(x_at + token * kTileRowBytes + columns[j], kTileRowBytes);
+        }
+      }
+    }
+  };
+  if (!emulator::settings.copies_land_early && !emulator::settings.descending) {
+    multiply();
+  } else {
+    emulator::current->products.open.push_back(multiply);
+  }
+}
+
 // Sums and metadata of a warp are those of mma.sp.m16n8k32, for its 16 of the 64 rows.
-template <typename T, int kTokens, int kSelector, int kRowBytes = kTileRowBytes>
-void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w, const void* x,
-                       std::uint32_t metadata, int adds = 1) {
+template <typename T, int kTokens, int kSelector, int kRowBytes>
+void multiply_add_16_bit(float (&sum)[kTokens / 2], const void* w, const void* x,
+                         std::uint32_t metadata, int adds) {
   const std::uint64_t mine[1] = {metadata};
   std::uint64_t all[32][1];
   exchange(mine, all);
@@ -267,6 +324,16 @@ void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w, const void* x,
     multiply();
   } else {
     emulator::current->products.open.push_back(multiply);
+  }
+}
+
+template <typename T, int kTokens, int kSelector, int kRowBytes = kTileRowBytes>
+void multiply_add_2to4(float (&sum)[kTokens / 2], const void* w, const void* x,
+                       std::uint32_t metadata, int adds = 1) {
+  if constexpr (std::is_same_v<T, Fp8>) {
+    multiply_add_fp8<kTokens, kRowBytes>(sum, w, x, metadata, adds);
+  } else {
+    multiply_add_16_bit<T, kTokens, kSelector, kRowBytes>(sum, w, x, metadata, adds);
   }
 }
 
