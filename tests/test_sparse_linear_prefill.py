@@ -143,7 +143,7 @@ def test_tiles_that_blocks_share(
 ) -> None:
     rows, tokens, cluster = layout
     # Enough to be worth it.
-    k = 64 * (32 if rows * tokens > 128 * 192 else 40 if tokens > 128 else 64)
+    k = 64 * (32 if rows * tokens > 128 * 192 else 40 if tokens > 160 else 64)
     device = (10 + cluster, 5 * cluster, 9)
     # Two or three clusters share one tile, and four share two: the last part of each is longer.
     # Five share six, or of twelve the last seven: at most three take part in one, and some have the
