@@ -24,7 +24,7 @@ def test_the_output_is_a_pruned_checkpoint_that_names_no_path(tmp_path: Path) ->
     history = [{"step": step, "loss": 2.0 / step, "share_2to4": 1.0} for step in (1.0, 2.0)]
     results = {"dense": {"perplexity": 13.0}, "gates": {"perplexity": 18.0}}
     recipe = demo._recipe("gates", quick=True)
-    demo._write(tmp_path, base, targets, {"gates": (masks, history)}, results, recipe)
+    demo._write(tmp_path, base, targets, {"gates": (masks, history)}, results, recipe, 40960)
     report = json.loads((tmp_path / "proxsparse.json").read_text())
     assert report["base"]["id"] == "proxsparse demo model" and report["results"] == results
     assert (tmp_path / "comparison.png").is_file()
