@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import proxsparse
 from proxsparse import ProxsparseError, ops
+from proxsparse.config import EvalConfig
 from proxsparse.inference.sparse_linear import sparse_layers
-from proxsparse.jobs.evaluate import evaluate_model
+from proxsparse.jobs.compare import evaluate_models
 from proxsparse.jobs.generate import generate
 from proxsparse.jobs.inspect import inspect_model
 from proxsparse.jobs.pack import pack, unpack
@@ -151,10 +152,9 @@ def test_inspect_eval_and_generate_read_packed_fp8(
     assert (seen["num_packed"], seen["num_2to4"], seen["mask_file"]) == (42, 42, "matches")
     text = tmp_path / "text.txt"
     text.write_text(Path(json.__file__).read_text()[:4000])
-    perplexities = [
-        evaluate_model(str(d), str(text), [], max_seq_length=64, device="cpu")["perplexity"]
-        for d in (pruned, packed[0])
-    ]
+    config = EvalConfig(data=str(text), max_seq_length=64, device="cpu")
+    figures = evaluate_models([str(pruned), str(packed[0])], config).values()
+    perplexities = [of_one["perplexity"] for of_one in figures]
     assert perplexities[0] != perplexities[1]
     assert abs(perplexities[1] / perplexities[0] - 1) < 0.03
     result = generate(packed[0], "import os\n", max_new_tokens=4, device="cpu")

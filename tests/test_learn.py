@@ -16,6 +16,7 @@ from proxsparse import ops
 from proxsparse.config import LearnConfig, TargetConfig
 from proxsparse.errors import Interrupted, ProxsparseError
 from proxsparse.learning import loop as learning
+from proxsparse.learning.batch_order import BatchOrder
 from proxsparse.learning.checkpoint import Checkpoints
 from proxsparse.learning.job import Job
 from proxsparse.learning.layerwise import collect_input_norms
@@ -150,6 +151,24 @@ def test_nan_names_step_and_checkpoint(tiny_model: Any, tmp_path: Path, monkeypa
         METHODS["gates"].run(make_job(tiny_model("llama"), "gates", tmp_path))
 
 
+@pytest.mark.parametrize("rise", [0.5, 1.5])
+def test_a_run_that_diverges_is_no_result(tiny_model: Any, monkeypatch: Any, rise: float) -> None:
+    calls = []
+
+    def rising(value: Any) -> Any:
+        calls.append(1)
+        return value * 0 + 2.0 + (rise if len(calls) > 2 else 0.0)
+
+    after_the_loss(monkeypatch, rising)
+    job = make_job(tiny_model("llama"), "gates")
+    monkeypatch.setattr(learning, "_METRICS_EVERY", 2)
+    if rise < 1:
+        METHODS["gates"].run(job)
+        return
+    with pytest.raises(ProxsparseError, match=r"2\.000 in the first.*3\.500 at step 4 of 6.*--lr"):
+        METHODS["gates"].run(job)
+
+
 @pytest.mark.parametrize("memory", METHODS["gates"].memory)
 @pytest.mark.parametrize(
     ("name", "targets"),
@@ -165,7 +184,7 @@ def test_the_first_loss_is_the_divergence_of_wandas_mask(
             p.mul_(8 if p.dim() > 1 else 1)
     job = make_job(model, "gates", memory=memory, steps=1)
     job.targets = find_targets(model, TargetConfig(targets=targets))
-    batch = job.tokens[learning._Order(6, 2, 0).indices(0)]
+    batch = job.tokens[BatchOrder(6, 2, 0).indices(0)]
     norms = collect_input_norms(model, job.targets, job.tokens)
     METHODS["gates"].run(job)
     with torch.no_grad():
@@ -250,11 +269,11 @@ def test_schedule_warms_up_and_decays() -> None:
 
 
 def test_every_block_once_per_epoch() -> None:
-    order = learning._Order(num_samples=6, batch_size=4, seed=1)
+    order = BatchOrder(num_samples=6, batch_size=4, seed=1)
     seen = torch.cat([order.indices(t) for t in range(3)]).tolist()
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     assert seen[:6] != seen[6:]
-    fresh = learning._Order(num_samples=6, batch_size=4, seed=1)
+    fresh = BatchOrder(num_samples=6, batch_size=4, seed=1)
     assert fresh.indices(2).tolist() == seen[8:]
 
 

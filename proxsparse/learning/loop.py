@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from proxsparse import ops
 from proxsparse.errors import Interrupted, ProxsparseError
 from proxsparse.learning import distributed
+from proxsparse.learning.batch_order import BatchOrder
 from proxsparse.learning.job import Job
 from proxsparse.learning.loss import (
     Dense,
@@ -53,6 +54,7 @@ from proxsparse.progress import Progress
 _METRICS_EVERY = 10  # steps between looks at the loss: each look makes a GPU wait for the host
 _COUNTED_AT_ONCE = 2**24  # weights whose masks are compared together: few kernels, little memory
 _WARMUP = 0.1  # share of the steps
+_DIVERGED_BY = 1.0  # nats above the loss of the first steps, from which no schedule comes back
 
 
 def learn(job: Job, rule: Rule) -> Masks:
@@ -255,7 +257,7 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
         raise ProxsparseError(
             f"--batch-size {batch_size} cannot be shared out evenly to {world} processes"
         )
-    order = _Order(job.tokens.shape[0], batch_size, config.seed)
+    order = BatchOrder(job.tokens.shape[0], batch_size, config.seed)
     tokens = job.tokens.to(device)  # all at once: 8 bytes a token are nothing beside the weights
     peak = run.rule.lr if config.lr is None else config.lr
     loss = run.loss(tokens[:1])
@@ -303,6 +305,8 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
                 record["memory_gb"] = memory_gb(device)
                 losses.clear()
                 _report(job, record)
+                if run.rule.starts_pruned:
+                    _check_not_diverged(job.history, config.steps, peak)
                 share = f"{record['share_2to4']:.1%}"
                 bar.update(0, loss=f"{record['loss']:.4f}", groups_at_2to4=share)
             if not finished and (save or stopping) and job.checkpoints is not None:
@@ -316,6 +320,21 @@ def _loop(run: _Run, done: int, stop: threading.Event) -> None:
                     f"stopped after step {t + 1} of {config.steps}, saved in "
                     f"{job.checkpoints.last_path()}: run the same command with --resume to go on"
                 )
+
+
+def _check_not_diverged(history: list[dict[str, float]], steps: int, peak: float) -> None:
+    """Refuse a run that is far worse in its second half than where it began.
+
+    Raises:
+        ProxsparseError: names both losses, and half the learning rate.
+    """
+    first, last = history[0], history[-1]
+    if 2 * last["step"] >= steps and last["loss"] > first["loss"] + _DIVERGED_BY:
+        raise ProxsparseError(
+            f"learning has diverged: the loss was {first['loss']:.3f} in the first steps and is "
+            f"{last['loss']:.3f} at step {last['step']:.0f} of {steps}. Start anew with half the "
+            f"learning rate, --lr {peak / 2:g}"
+        )
 
 
 def _launched_whole(job: Job, step: Step) -> contextlib.AbstractContextManager[Step]:
@@ -404,25 +423,6 @@ def _finite_mean(job: Job, losses: list[Tensor], last: int) -> float:
                 f"{good or 'none'}. Try a smaller --lr or --dtype float32"
             )
     return float(sum(values) / len(values))
-
-
-class _Order:
-    """Which calibration blocks a step sees: a fresh permutation for each pass over the data."""
-
-    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self._permutations: dict[int, Tensor] = {}
-
-    def indices(self, t: int) -> Tensor:
-        first = t * self.batch_size
-        return torch.tensor([self._at(i) for i in range(first, first + self.batch_size)])
-
-    def _at(self, i: int) -> int:
-        epoch, position = divmod(i, self.num_samples)
-        if epoch not in self._permutations:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._permutations = {epoch: torch.randperm(self.num_samples, generator=generator)}
-        return int(self._permutations[epoch][position])
 
 
 def _flatten(states: dict[str, State]) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ class Rule(abc.ABC):
         lr: the default peak learning rate.
         distils: the loss is the KL divergence from the dense model, else the cross-entropy of the
             next token.
+        starts_pruned: the model computes with whole masks from the first step, so that a loss above
+            that of the first steps means that learning has diverged.
         max_grad_norm: if not None, the global norm of the gradients is clipped to this, for which
             all of them have to exist at once.
         on_demand: the model keeps w0 and its weights are made block by block, when they are needed;
@@ -50,6 +52,7 @@ class Rule(abc.ABC):
 
     lr: float
     distils: bool = True
+    starts_pruned: bool = False
     max_grad_norm: float | None = None
     on_demand: bool = False
     learned: dict[str, Tensor] | None = None

@@ -46,6 +46,7 @@ class _Gates(Rule):
     lr = 0.06
     lam = 3.0
     betas = (0.8, 0.999)
+    starts_pruned = True
 
     def __init__(self, learn_config: LearnConfig, norms: dict[str, Tensor]) -> None:
         self.norms = norms

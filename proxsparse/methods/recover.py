@@ -40,6 +40,7 @@ MEMORY = {"fast": 4 + (4 + 4 + 4) / 2 + 1 / 8, "balanced": (4 + 2 + 2) / 2 + 1 /
 class _Recovery(Rule):
     lr = 0.015
     betas = (0.9, 0.95)
+    starts_pruned = True
 
     def __init__(
         self, learn_config: LearnConfig, masks: Masks, weights: Mapping[str, Tensor]
