@@ -9,7 +9,6 @@ Importing this module raises ImportError, with the reason, when the extension wa
 
 from __future__ import annotations
 
-import bisect
 import functools
 import logging
 from collections.abc import Sequence
@@ -45,7 +44,6 @@ _log = logging.getLogger(__name__)
 
 # `choice.range_of` where it counts tiles: a look-up takes less time than asking.
 _RANGES = tuple(map(choice.range_of, range(2049)))
-_BUCKETS = frozenset(choice.BUCKETS)
 
 
 def sparse_linear_cuda(
@@ -160,9 +158,7 @@ def find_run(
     # What must agree but differs is a key of its own, and refused when it is first seen.
     key = (
         *(x.get_device(), x.dtype, values.dtype, n, half),
-        _RANGES[tokens]
-        if tokens < len(_RANGES)
-        else (bisect.bisect_left(choice.BUCKETS, tokens), tokens in _BUCKETS),
+        _RANGES[tokens] if tokens < len(_RANGES) else choice.range_of(tokens),
         None if bias is None else bias.dtype,
         None if compressed is None else compressed.get_device(),
         None if dense is None else dense.dtype,

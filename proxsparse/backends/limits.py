@@ -65,17 +65,10 @@ def can_prefill(n: int, k: int, tokens: int, dtype: torch.dtype, device: int) ->
         return "the extension was built without its CUDA kernels"
     if dtype not in CODES:
         return f"it takes bfloat16 and float16, and the weight is {dtype}"
-    if k % _DECODE_MULTIPLE or n % _PREFILL_MULTIPLE:
-        return (
-            f"in_features must be a multiple of {_DECODE_MULTIPLE} and out_features one of "
-            f"{_PREFILL_MULTIPLE}, and the weight is [{n}, {k}]"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] != 9:
-        return f"it is for compute capability 9.0, and this GPU has {capability}"
-    if tokens <= MAX_DECODE_TOKENS:
+    reason = _why_not_on_hopper(n, k, _DECODE_MULTIPLE, device)
+    if not reason and tokens <= MAX_DECODE_TOKENS:
         return f"the kernel for few tokens takes {tokens}"
-    return ""
+    return reason
 
 
 def can_multiply_fp8(
@@ -86,14 +79,20 @@ def can_multiply_fp8(
         return "the extension was built without its CUDA kernels"
     if dtype not in CODES:
         return f"its results are bfloat16 or float16, and the tokens are {dtype}"
-    if k % _FP8_MULTIPLE or n % _PREFILL_MULTIPLE:
+    reason = _why_not_on_hopper(n, k, _FP8_MULTIPLE, device)
+    if not reason and most is not None and tokens > most:
+        return f"it takes at most {most} tokens, and there are {tokens}"
+    return reason
+
+
+def _why_not_on_hopper(n: int, k: int, multiple: int, device: int) -> str:
+    """Why a weight [n, k] has no place in our kernels for Hopper; empty when it has."""
+    if k % multiple or n % _PREFILL_MULTIPLE:
         return (
-            f"in_features must be a multiple of {_FP8_MULTIPLE} and out_features one of "
+            f"in_features must be a multiple of {multiple} and out_features one of "
             f"{_PREFILL_MULTIPLE}, and the weight is [{n}, {k}]"
         )
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         return f"it is for compute capability 9.0, and this GPU has {capability}"
-    if most is not None and tokens > most:
-        return f"it takes at most {most} tokens, and there are {tokens}"
     return ""

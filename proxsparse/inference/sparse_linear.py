@@ -310,8 +310,6 @@ class SparseLinear(nn.Module):
         Raises:
             ProxsparseError: another last dimension, dtype or device than the weight's.
         """
-        if self.weight_scale is not None:
-            return self._forward_fp8(x)
         bias = self._parameters["bias"]  # past nn.Module.__getattr__, which takes its time
         key = ops.eager_key(x, bias)
         run = None if key is None else self._runs.get(key)
@@ -319,6 +317,8 @@ class SparseLinear(nn.Module):
         if run is not None and forms["values"].get_device() == x.get_device():
             y: Tensor = run(x, forms["values"], forms["codes"], bias, self.compressed, self.dense)
             return y
+        if self.weight_scale is not None:  # such a layer remembers no runs
+            return self._forward_fp8(x)
         values, compressed, dense = self.values, self.compressed, self.dense
         kind = x.device.type
         if kind in _AUTOCAST and torch.is_autocast_enabled(kind):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from proxsparse.inference.sparse_linear import FP8_FORMS, sparse_layers
 from proxsparse.inference.sparsify import densify_, why_not_sparse
 from proxsparse.jobs.output import check_output_fits, output_directory, stored_report, write_report
 from proxsparse.models.checkpoint_files import (
+    Change,
     CheckpointFiles,
-    in_file,
     open_checkpoint,
+    place_of,
     read_tensor,
     write_checkpoint,
 )
@@ -33,9 +34,6 @@ from proxsparse.models.fp8 import scale_name
 from proxsparse.models.loading import load_model, state_bytes
 from proxsparse.models.targets import Target, find_targets
 from proxsparse.ops.reference import FP8
-
-Change = Callable[[str, Tensor], dict[str, Tensor]]
-_NOTHING = torch.empty(0)  # stands for a tensor of which only the name matters
 
 
 def export(
@@ -79,7 +77,7 @@ def export(
         entry = quantization_entry(loaded.model, [target.name for target in found.layers])
         places = set()
         for target in found.layers:
-            (place,) = in_file(loaded.model, {target.parameter_name: _NOTHING}, files.weight_map)
+            place = place_of(loaded.model, target.parameter_name, files.weight_map)
             if tuple(files.shapes.get(place, ())) not in (target.shape, (0,)):
                 raise ProxsparseError(
                     f"{files.directory} holds {target.name} joined with other weights, in pieces "
@@ -161,7 +159,7 @@ def _packed_places(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
     """Of each tensor of a packed layer in the files, the place of that layer's dense weight."""
     places: dict[str, str] = {}
     for name in sparse_layers(model):
-        (values,) = in_file(model, {f"{name}.values": _NOTHING}, files.weight_map)
+        values = place_of(model, f"{name}.values", files.weight_map)
         owner = values.removesuffix("values")
         places |= dict.fromkeys(
             (f"{owner}{form}" for form in (*FP8_FORMS, "weight")), f"{owner}weight"

@@ -8,7 +8,6 @@ sparse model. Everything else in the directory is as `prune` wrote it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ from proxsparse.jobs.output import (
     write_report,
 )
 from proxsparse.models.checkpoint_files import (
-    in_file,
+    Change,
     open_checkpoint,
+    place_of,
     read_tensor,
     write_checkpoint,
 )
@@ -37,9 +37,6 @@ from proxsparse.models.forms import read_report
 from proxsparse.models.fp8 import is_scale, read_scale
 from proxsparse.models.loading import LoadedModel, load_model, state_bytes
 from proxsparse.ops.reference import FP8, dequantize_fp8
-
-Change = Callable[[str, Tensor], dict[str, Tensor]]
-_NOTHING = torch.empty(0)  # stands for a tensor of which only the name matters
 
 
 def pack(
@@ -136,7 +133,7 @@ def _packing(loaded: LoadedModel) -> Change:
     places = {}
     dtype = loaded.model.dtype
     for name, layer in sparse_layers(loaded.model).items():
-        (place,) = in_file(loaded.model, {f"{name}.weight": _NOTHING}, files.shapes)
+        place = place_of(loaded.model, f"{name}.weight", files.shapes)
         shape = (layer.out_features, layer.in_features)
         if files.shapes.get(place) != (shape[::-1] if layer.is_conv1d else shape):
             raise _not_as_loaded(loaded, name)
@@ -202,7 +199,7 @@ def _unpacking(loaded: LoadedModel) -> Change:
     files = open_checkpoint(loaded.id, loaded.revision)
     places = {}
     for name, layer in sparse_layers(loaded.model).items():
-        (values,) = in_file(loaded.model, {f"{name}.values": _NOTHING}, files.shapes)
+        values = place_of(loaded.model, f"{name}.values", files.shapes)
         places[values] = layer.is_conv1d, layer.dtype
     dropped = {
         f"{values.removesuffix('values')}{form}"

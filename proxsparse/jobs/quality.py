@@ -20,11 +20,14 @@ class Quality:
         model: the model, whole and on the device to measure on.
         data: the calibration, of which `held_out` is measured on.
         dtype: as `RunConfig.dtype`.
+
+    Attributes:
+        dense: the perplexity of the dense model.
     """
 
     def __init__(self, model: nn.Module, data: Calibration, dtype: str) -> None:
         self._model, self._data, self._dtype = model, data, dtype
-        self._dense = self._perplexity()
+        self.dense = self._perplexity()
 
     def compare(self) -> dict[str, Any]:
         """The figures, once the model is pruned.
@@ -35,15 +38,10 @@ class Quality:
         assert self._data.held_out is not None
         return {
             "perplexity": self._perplexity(),
-            "perplexity_dense": self._dense,
+            "perplexity_dense": self.dense,
             "tokens": self._data.held_out.numel(),
             "source": self._data.source,
         }
-
-    @property
-    def dense(self) -> float:
-        """The perplexity of the dense model."""
-        return self._dense
 
     def _perplexity(self) -> float:
         blocks = self._data.held_out

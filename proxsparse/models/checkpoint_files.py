@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from proxsparse.errors import ProxsparseError
@@ -33,7 +34,11 @@ _WEIGHT_SUFFIXES = (
     *(".onnx", ".onnx_data", ".tflite", ".pkl", ".ot", ".nemo", ".mlmodel", ".index.json"),
 )
 _WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal")
-_QUANTISATION = ("quantization_config", "compression_config")
+# Where a config.json says how the weights are quantised.
+QUANTISATION = ("quantization_config", "compression_config")
+# A tensor of the files, by name -> what is written in its place, by name.
+Change = Callable[[str, Tensor], dict[str, Tensor]]
+_NOTHING = torch.empty(0)  # stands for a tensor of which only the name matters
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def _directory(name: str, revision: str | None) -> Path:
 def write_checkpoint(
     source: CheckpointFiles,
     directory: Path,
-    change: Callable[[str, Tensor], dict[str, Tensor]],
+    change: Change,
     *,
     quantization_config: dict[str, Any] | None = None,
     with_ours: bool = False,
@@ -226,7 +231,7 @@ def _write_config(
     text = (source / "config.json").read_text(encoding="utf-8")
     config = json.loads(text)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    stale = [part.pop(key) for part in parts for key in _QUANTISATION if key in part]
+    stale = [part.pop(key) for part in parts for key in QUANTISATION if key in part]
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     if stale or quantization_config is not None:
@@ -251,6 +256,12 @@ def in_file(model: Any, tensors: dict[str, Tensor], known: Collection[str]) -> d
         variants = (name, name.removeprefix(prefix), prefix + name)
         result[next((v for v in variants if v in known), name)] = tensor
     return result
+
+
+def place_of(model: Any, name: str, known: Collection[str]) -> str:
+    """The name in the files of a tensor that they hold in one piece; see `in_file`."""
+    (place,) = in_file(model, {name: _NOTHING}, known)
+    return place
 
 
 def _revert(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

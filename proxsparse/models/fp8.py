@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from proxsparse.config import FP8_DYNAMIC
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.checkpoint_files import CheckpointFiles, in_file, read_tensor
+from proxsparse.models.checkpoint_files import (
+    QUANTISATION,
+    CheckpointFiles,
+    place_of,
+    read_tensor,
+)
 from proxsparse.models.files import read_json
 from proxsparse.ops.reference import dequantize_fp8
 
 SCALE = "weight_scale"
-_ENTRIES = ("quantization_config", "compression_config")
-_NOTHING = torch.empty(0)  # stands for a tensor of which only the name matters
 # Of a group of layers in the entry: what a scheme is, by the names of compressed-tensors.
 _WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 _ACTIVATIONS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -37,7 +40,7 @@ def find_entry(config: Any) -> dict[str, Any] | None:
     """
     if not isinstance(config, dict):
         return None
-    for key in _ENTRIES:
+    for key in QUANTISATION:
         entry = config.get(key)
         if isinstance(entry, dict) and _is_fp8_dynamic(entry):
             return entry
@@ -99,7 +102,7 @@ def scale_weights_(model: nn.Module, files: CheckpointFiles) -> dict[str, Tensor
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        (place,) = in_file(model, {f"{name}.weight": _NOTHING}, files.weight_map)
+        place = place_of(model, f"{name}.weight", files.weight_map)
         if place not in waiting:
             continue
         waiting.remove(place)

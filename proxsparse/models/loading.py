@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from proxsparse.config import FP8_DYNAMIC
 from proxsparse.errors import ProxsparseError
-from proxsparse.models.checkpoint_files import INDEX, open_checkpoint, write_index
+from proxsparse.models.checkpoint_files import INDEX, QUANTISATION, open_checkpoint, write_index
 from proxsparse.models.files import model_name
 from proxsparse.models.forms import check_config
 from proxsparse.models.fp8 import find_entry, scale_weights_
@@ -159,7 +159,7 @@ def _dtype(config: Any, is_gguf: bool, is_fp8: bool) -> Any:
 
 def _drop_quantisation(config: Any) -> None:
     """Let transformers build the dense model: e4m3 numbers it casts to 16 bits as they are."""
-    for key in ("quantization_config", "compression_config"):
+    for key in QUANTISATION:
         if hasattr(config, key):
             delattr(config, key)
 

@@ -79,23 +79,21 @@ class Layout:
             True: ops.sparse_linear(x, values, codes, self._of(bias, True), compressed=compressed),
             False: torch.nn.functional.linear(x, dense, self._of(bias, False)),
         }
-        starts, pieces = {True: 0, False: 0}, []
-        for size, sparse in zip(self.sizes, self.is_sparse, strict=True):
-            pieces.append(results[sparse].narrow(-1, starts[sparse], size))
-            starts[sparse] += size
-        return torch.cat(pieces, -1)
+        return self._merged(results, -1)
 
     def weight(self, storage: Tensor) -> Tensor:
         """The dense weight [N, K], made anew."""
         values, codes, _, dense = self.views(storage)
-        rows = {True: ops.unpack_2to4(values, codes), False: dense}
+        w = ops.unpack_2to4(values, codes)
+        return w if dense is None else self._merged({True: w, False: dense}, 0)
+
+    def _merged(self, of_kind: dict[bool, Tensor], dim: int) -> Tensor:
+        """The parts, which follow one another in each kind, in the order of the output."""
         starts, pieces = {True: 0, False: 0}, []
         for size, sparse in zip(self.sizes, self.is_sparse, strict=True):
-            source = rows[sparse]
-            assert source is not None
-            pieces.append(source[starts[sparse] : starts[sparse] + size])
+            pieces.append(of_kind[sparse].narrow(dim, starts[sparse], size))
             starts[sparse] += size
-        return torch.cat(pieces)
+        return torch.cat(pieces, dim)
 
     def _of(self, bias: Tensor | None, is_sparse: bool) -> Tensor | None:
         """The bias of the sparse or of the dense parts."""
