@@ -278,6 +278,7 @@ def test_a_base_that_it_was_not_made_from_is_refused(
     tokenizer = load_model(DEMO, torch.device("cpu")).tokenizer
     tokenizer.save_pretrained(tmp_path / "tiny")
     refused(pruned, tmp_path / "tiny", r"was not made from .*: its .* is .*, the base's")
+    refused(pruned, pruned, "no dense model to learn from")
     refused(DEMO, DEMO, "no layer of LlamaForCausalLM is 2:4")
     refused(
         other(tmp_path / "torn", pruned, lambda tensors: tensors[UP].fill_(1)),

@@ -101,6 +101,7 @@ def recover(
         pruned = _read_pruned(model, dense.model, base)
         targets = targets_of(dense.model, pruned.masks)
         check_finite(targets)
+        _check_dense(targets, pruned.masks, model, base)
         recipe = recipe.for_model(dense.model, distributed.world_size())
         recipe = settle_memory(recipe, dense.model, targets, device)
         check_output_fits(partial, dense.model, targets)
@@ -258,6 +259,22 @@ def _check_same_elsewhere(
                 f"{model} was not made from {base}: {name} differs, and is not pruned; give the "
                 "dense model that was pruned"
             )
+
+
+def _check_dense(targets: Targets, masks: Masks, model: Any, base: Any) -> None:
+    """Refuse a base that is zero wherever the model is pruned: there is nothing to learn from it.
+
+    Raises:
+        ProxsparseError: it is the pruned model again, or another one under the same masks.
+    """
+    if not any(
+        bool(t.weight()[~masks[t.parameter_name].to(t.parameter.device)].any())
+        for t in targets.layers
+    ):
+        raise ProxsparseError(
+            f"{base} is zero wherever {model} is pruned, so it is no dense model to learn from: "
+            "give the one that was pruned"
+        )
 
 
 def _kind(x: Tensor | None) -> str:
